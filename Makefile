@@ -1,0 +1,63 @@
+# Longyarn. `make` sets everything up and runs the embedded default; `make test` tests; see README.md.
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+CORES ?= 2
+TORCH_INDEX_URL ?=
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHONNOUSERSITE := 1
+
+.PHONY: run setup setup-dev test lint bench micro-base lock accept clean
+
+run: setup
+	snakemake --cores $(CORES)
+
+setup: $(VENV)/.run
+setup-dev: $(VENV)/.dev
+
+# torch alone first, so that pip's configuration (or TORCH_INDEX_URL) decides on the build; then all
+# the rest, complete and hash-checked, so that nothing unpinned can come along.
+$(VENV)/.run: envs/torch.txt envs/build.txt envs/run.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else \
+	"error: Longyarn is locked for Python 3.11 and 3.12; run `make PYTHON=python3.11`")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -r envs/torch.txt
+	python -m pip install --quiet --require-hashes --no-deps -r envs/build.txt
+	python -m pip install --quiet --require-hashes --no-deps --no-build-isolation -r envs/run.txt
+	python -m pip check
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run envs/dev.txt
+	python -m pip install --quiet --require-hashes --no-deps -r envs/dev.txt
+	touch $@
+
+test: setup-dev
+	python -m pytest tests
+
+lint: setup-dev
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile rules
+	snakemake --lint
+
+bench: setup-dev
+	python benchmarks/run.py
+
+# Train the micro base model anew, from the same books. It is committed, so nobody needs to.
+micro-base: setup
+	snakemake --cores $(CORES) micro_base
+
+# Write the hash-locked requirements from the short .in files.
+LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
+lock: setup-dev
+	cd envs && $(LOCK) --config-file uv.toml -c torch.txt --no-emit-package torch \
+	  --no-emit-package setuptools run.in -o run.txt
+	cd envs && $(LOCK) build.in -o build.txt
+	cd envs && $(LOCK) dev.in -o dev.txt
+
+# Declare that changed code makes no difference to results; docs/reruns.md says when that is right.
+accept: setup
+	snakemake --touch --cores 1
+
+clean:
+	rm -rf results work .snakemake

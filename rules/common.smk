@@ -1,0 +1,88 @@
+"""What the stages share: the checked configuration, the run's directory, and small functions."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
+
+from longyarn import manifest
+from longyarn.cli import UserError
+from longyarn.config import complete
+
+try:
+    config = complete(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml")
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+RUN = f"{config['paths']['results']}/{config['run']}"
+
+# The RoPE variant that training starts from, and those that are evaluated untrained.
+TRAINED_ROPE = "base" if config["rope"]["method"] == "none" else config["rope"]["method"]
+VARIANTS = config["evaluation"]["variants"]
+
+
+wildcard_constraints:
+    variant="base|linear|ntk|yarn|trained",
+
+
+def code(stage):
+    """Return the hash of a stage's code: as a param it reruns the stage when the code changes.
+
+    Comments, docstrings and layout do not count. To accept a change of code that changes no result,
+    see docs/reruns.md.
+    """
+    return manifest.code_hash(Path(workflow.basedir) / "scripts" / f"{stage}.py")
+
+
+def as_json(value):
+    """Return settings as one quoted command-line argument."""
+    return shlex.quote(json.dumps(value, ensure_ascii=False))
+
+
+def unless_null(flag, value):
+    """Return a command-line option, or nothing where the config says null."""
+    return "" if value is None else f"{flag} {value}"
+
+
+def local_model_files(wildcards):
+    """Return the files of a local source, so that a changed model is noticed; none for the hub."""
+    source = Path(config["model"]["source"]).expanduser()
+    return sorted(str(file) for file in source.glob("*") if file.is_file())
+
+
+def rope_settings(wildcards):
+    """Return the config keys that a variant depends on; the untouched base depends on none."""
+    if wildcards.variant == "base":
+        return as_json({"method": "none", "write_config": config["rope"]["write_config"]})
+    settings = dict(config["rope"]) | {"method": wildcards.variant}
+    if wildcards.variant != "yarn":
+        for key in ("beta_fast", "beta_slow", "attention_factor"):
+            del settings[key]
+    return as_json(settings)
+
+
+def variant_inputs(wildcards):
+    """Return the manifests and payloads of a variant's weights and RoPE.
+
+    An untrained variant is the base's weights with other RoPE settings; the trained one is merged.
+    """
+    trained = wildcards.variant == "trained"
+    rope = TRAINED_ROPE if trained else wildcards.variant
+    return {
+        "model": f"{RUN}/merge.json" if trained else f"{RUN}/base.json",
+        "weights": ancient(f"{RUN}/merged" if trained else f"{RUN}/base"),
+        "rope": f"{RUN}/rope/{rope}.json",
+        "rope_files": ancient(f"{RUN}/rope/{rope}"),
+    }
+
+
+# A manifest whose payload was purged says what is not there; set aside, its stage is made anew.
+if workflow.is_main_process:
+    for note in manifest.set_aside_incomplete(
+        path for path in Path(RUN).rglob("*.json") if path.with_suffix("").is_dir()
+    ):
+        print(f"{note}; the stage will be made anew where it is needed", file=sys.stderr)

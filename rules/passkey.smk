@@ -1,0 +1,29 @@
+"""Passkey retrieval of one variant. In: its weights and RoPE. Out: a grid of length and depth."""
+
+
+rule passkey:
+    input:
+        unpack(variant_inputs),
+    output:
+        manifest=f"{RUN}/passkey/{{variant}}.json",
+    log:
+        f"{RUN}/logs/passkey.{{variant}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/passkey.{{variant}}.tsv"
+    threads: config["evaluation"]["threads"]
+    params:
+        code=code("passkey"),
+        precision=config["evaluation"]["precision"],
+        attention=config["evaluation"]["attention"],
+        threads=config["evaluation"]["threads"],
+        lengths=config["evaluation"]["passkey"]["lengths"],
+        depths=config["evaluation"]["passkey"]["depths"],
+        trials=config["evaluation"]["passkey"]["trials"],
+        digits=config["evaluation"]["passkey"]["digits"],
+        seed=config["evaluation"]["passkey"]["seed"],
+    shell:
+        "python scripts/passkey.py --variant {wildcards.variant} --model {input.model}"
+        " --rope {input.rope} --precision {params.precision} --attention {params.attention}"
+        " --threads {params.threads} --lengths {params.lengths} --depths {params.depths}"
+        " --trials {params.trials} --digits {params.digits} --seed {params.seed}"
+        " --manifest {output.manifest} 2>&1 | tee {log}"

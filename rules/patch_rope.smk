@@ -1,0 +1,20 @@
+"""Work out and check the RoPE of one variant. In: the base model. Out: its settings, a config.json."""
+
+
+rule patch_rope:
+    input:
+        base=f"{RUN}/base.json",
+        model=ancient(f"{RUN}/base"),
+    output:
+        manifest=f"{RUN}/rope/{{variant}}.json",
+        payload=directory(f"{RUN}/rope/{{variant}}"),
+    log:
+        f"{RUN}/logs/patch_rope.{{variant}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/patch_rope.{{variant}}.tsv"
+    params:
+        code=code("patch_rope"),
+        settings=rope_settings,
+    shell:
+        "python scripts/patch_rope.py --base {input.base} --settings {params.settings}"
+        " --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"

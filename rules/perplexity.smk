@@ -1,0 +1,29 @@
+"""Perplexity of one variant. In: its weights and RoPE, the held-out tokens. Out: figures."""
+
+
+rule perplexity:
+    input:
+        unpack(variant_inputs),
+        tokens=f"{RUN}/tokens.json",
+        token_files=ancient(f"{RUN}/tokens"),
+    output:
+        manifest=f"{RUN}/perplexity/{{variant}}.json",
+    log:
+        f"{RUN}/logs/perplexity.{{variant}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/perplexity.{{variant}}.tsv"
+    threads: config["evaluation"]["threads"]
+    params:
+        code=code("perplexity"),
+        precision=config["evaluation"]["precision"],
+        attention=config["evaluation"]["attention"],
+        threads=config["evaluation"]["threads"],
+        lengths=config["evaluation"]["perplexity"]["lengths"],
+        stride=unless_null("--stride", config["evaluation"]["perplexity"]["stride"]),
+        tokens=config["evaluation"]["perplexity"]["tokens_per_document"],
+    shell:
+        "python scripts/perplexity.py --variant {wildcards.variant} --model {input.model}"
+        " --rope {input.rope} --precision {params.precision} --attention {params.attention}"
+        " --threads {params.threads} --tokens {input.tokens} --lengths {params.lengths}"
+        " {params.stride} --tokens-per-document {params.tokens} --manifest {output.manifest}"
+        " 2>&1 | tee {log}"

@@ -1,0 +1,36 @@
+"""Continued pre-training. In: base, RoPE, training sequences. Out: the adapter, or all weights.
+
+Checkpoints live in a work directory named by the hash of what defines the run, not among the
+outputs, which Snakemake deletes before a job: a job that was stopped goes on from the last of them.
+"""
+
+
+rule train:
+    input:
+        base=f"{RUN}/base.json",
+        model=ancient(f"{RUN}/base"),
+        rope=f"{RUN}/rope/{TRAINED_ROPE}.json",
+        rope_files=ancient(f"{RUN}/rope/{TRAINED_ROPE}"),
+        pack=f"{RUN}/pack.json",
+        sequences=ancient(f"{RUN}/pack"),
+    output:
+        manifest=f"{RUN}/train.json",
+        payload=directory(f"{RUN}/adapter"),
+    log:
+        f"{RUN}/logs/train.log",
+    benchmark:
+        f"{RUN}/benchmarks/train.tsv"
+    priority: 10 # the longest job: start it before the evaluations that can wait
+    threads: config["training"]["threads"]
+    resources:
+        gpu=config["training"]["gpus"],
+    params:
+        code=code("train"),
+        settings=as_json(config["training"]),
+        processes=max(1, config["training"]["gpus"]),
+        work=config["paths"]["work"],
+    shell:
+        "torchrun --standalone --nproc-per-node {params.processes} scripts/train.py"
+        " --base {input.base} --rope {input.rope} --pack {input.pack} --settings {params.settings}"
+        " --work {params.work:q} --manifest {output.manifest} --output {output.payload}"
+        " 2>&1 | tee {log}"

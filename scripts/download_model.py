@@ -1,0 +1,148 @@
+"""Bring the base model: from a local directory, or from the Hugging Face hub at a pinned revision.
+
+Only safetensors, the configuration and the tokenizer are taken. Every file is checked: against the
+hub's SHA-256 where the hub gives one, and for being whole in any case.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+from longyarn import manifest, models
+from longyarn.cli import UserError, program, require_space
+
+WANTED = (
+    "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "chat_template*", "LICENSE*", "*.py",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", required=True, help="local directory or hub repository")
+    parser.add_argument("--revision", default="", help="hub commit, 40 hexadecimal digits")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="keep the model's own code"
+    )
+    parser.add_argument("--cache", type=Path, required=True, help="directory of hub downloads")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
+    arguments = parser.parse_args()
+
+    if is_local(arguments.source):
+        source = Path(arguments.source).expanduser()
+        if not source.is_dir():
+            raise UserError(f"model.source {arguments.source} is not a directory; mend the path")
+    else:
+        source = from_hub(arguments.source, arguments.revision, arguments.cache)
+    files = wanted_files(source, arguments.trust_remote_code)
+    check_whole(source)
+    size = sum(file.stat().st_size for file in files)
+    require_space(arguments.output.parent, size, "the base model")
+    with manifest.new_directory(arguments.output) as directory:
+        for file in files:
+            link_or_copy(file, directory / file.name)
+    config = manifest.read_json(arguments.output / "config.json")
+    manifest.write(
+        arguments.manifest,
+        script=Path(__file__),
+        settings={"source": arguments.source, "revision": arguments.revision or None},
+        inputs={},
+        files=[arguments.output / file.name for file in files],
+        facts={
+            "directory": arguments.output.name,
+            "source": arguments.source,
+            "revision": arguments.revision or None,
+            "trust_remote_code": arguments.trust_remote_code,
+            "model_type": config.get("model_type"),
+            "bytes": size,
+        },
+    )
+
+
+def is_local(source: str) -> bool:
+    """Tell whether a model source names a directory; a hub repository is owner/name."""
+    return Path(source).expanduser().exists() or source.startswith(("/", ".", "~"))
+
+
+def from_hub(repository: str, revision: str, cache: Path) -> Path:
+    """Download what is wanted of a hub repository, resuming, and return the snapshot's directory."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if not revision:
+        raise UserError(
+            f"model.revision is needed for the hub repository {repository}: the 40 hexadecimal digits "
+            "of a commit, so that the run can be repeated (or is model.source a mistyped directory?)"
+        )
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        snapshot = Path(
+            snapshot_download(
+                repository, revision=revision, cache_dir=cache / "hub", allow_patterns=list(WANTED)
+            )
+        )
+    except GatedRepoError:
+        raise UserError(
+            f"the hub gates {repository}: accept its licence on its page, then log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"the hub has no {repository}, or it is private: mend model.source, or log in with "
+            "`hf auth login`"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == 28:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the hub did not give {repository} at {revision}: {reason}") from None
+    for sibling in info.siblings:
+        file = snapshot / sibling.rfilename
+        if (
+            sibling.lfs is not None
+            and file.is_file()
+            and manifest.sha256(file) != sibling.lfs.sha256
+        ):
+            raise UserError(f"{file} differs from the hub's SHA-256; delete it and run again")
+    return snapshot
+
+
+def wanted_files(source: Path, code: bool) -> list[Path]:
+    """Return the files of a model directory that a run needs."""
+    files = {file for pattern in WANTED for file in source.glob(pattern) if file.is_file()}
+    if not code:
+        files = {file for file in files if file.suffix != ".py"}
+    if not any(file.name == "config.json" for file in files):
+        raise UserError(f"{source} has no config.json; model.source must name a model directory")
+    return sorted(files)
+
+
+def check_whole(source: Path) -> None:
+    """Stop when a tensor file is missing, cut short or not safetensors."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in models.tensor_files(source):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                tensors.keys()
+        except FileNotFoundError:
+            raise UserError(f"{file}, named in the index, is missing; download it again") from None
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{file} is not a whole safetensors file ({error}); download it again"
+            ) from None
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Link a file into the run, which costs no disk, or copy it from another file system."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+if __name__ == "__main__":
+    program(main)()

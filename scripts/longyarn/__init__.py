@@ -1,0 +1,1 @@
+"""What the stages share: configuration, manifests, RoPE, packing, models, statistics."""

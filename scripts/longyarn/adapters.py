@@ -1,0 +1,86 @@
+"""What is trained: which matrices get a LoRA adapter, and what is trained whole beside them."""
+
+from pathlib import Path
+
+from longyarn.cli import UserError
+
+
+def attach(model, settings: dict):
+    """Return ``model`` with a fresh adapter as config section ``training.lora`` describes it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    head = model.get_output_embeddings()
+    targets = [name for name in linear if model.get_submodule(name) is not head]
+    if settings["targets"] == "attention":
+        targets = [name for name in targets if "attn" in name or "attention" in name]
+    if not targets:
+        raise UserError("training.lora.targets finds no linear layer in this model")
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    whole = []
+    if settings["train_embeddings"]:
+        whole.append(leaf(model, model.get_input_embeddings()))
+    if settings["train_norms"]:
+        norms = [n for n, part in model.named_modules() if type(part).__name__.endswith("Norm")]
+        whole += sorted({name.rpartition(".")[2] for name in norms})
+    if settings["train_output_head"] and not tied:
+        whole.append(leaf(model, head))
+    if settings["train_output_head"] and tied and not settings["train_embeddings"]:
+        raise UserError(
+            "the model's output head is its input embedding, so training.lora.train_output_head needs "
+            "train_embeddings too"
+        )
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings["rank"],
+            lora_alpha=settings["alpha"],
+            lora_dropout=settings["dropout"],
+            target_modules=targets,
+            modules_to_save=whole or None,
+            ensure_weight_tying=tied and settings["train_embeddings"],
+        ),
+    )
+
+
+def leaf(model, module) -> str:
+    """Return the last part of a submodule's name."""
+    return next(n for n, part in model.named_modules() if part is module).rpartition(".")[2]
+
+
+def trained_shapes(model) -> dict[str, tuple[int, ...]]:
+    """Return name (as in an adapter file) and shape of each tensor that training changes.
+
+    Under ZeRO-3 a process holds a share of each tensor; ``ds_shape`` is the whole.
+    """
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            saved = name.replace(".modules_to_save.default", "").replace(".default", "")
+            shapes[saved] = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return shapes
+
+
+def check_saved(directory: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Stop unless the saved adapter has the expected tensors and something was learnt.
+
+    ``expected`` maps names to shapes. Adapters of a few bytes, with empty tensors or with B still
+    zero, have been written by training engines without an error.
+    """
+    import numpy as np
+    from safetensors.torch import load_file
+
+    saved = load_file(directory / "adapter_model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if shapes != expected:
+        odd = sorted(set(shapes.items()) ^ set(expected.items()))[0]
+        raise UserError(f"the adapter was saved wrongly: tensor {odd[0]} of shape {odd[1]} is off")
+    for name, tensor in saved.items():
+        norm = float(tensor.float().norm())
+        if not np.isfinite(norm) or norm == 0:
+            raise UserError(
+                f"after training, adapter tensor {name} has norm {norm}; nothing was learnt there, so "
+                "raise training.learning_rate or steps"
+            )

@@ -1,0 +1,87 @@
+"""How every stage speaks to its user: one sentence for a mistake, lines or a bar for progress."""
+
+import errno
+import functools
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one sentence: what is wrong, and the mend."""
+
+
+def program(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a stage's ``main``: a user's mistake becomes one sentence on stderr and exit code 1.
+
+    Anything unforeseen keeps its traceback, because then the fault is ours.
+    """
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        except Exception as error:
+            if not _disk_is_full(error):
+                raise
+            sys.exit(f"error: no space left on the disk ({error}); free some and run again")
+
+    return run
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Tell whether an error, or one behind it, is a full disk; safetensors says so only in words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left on device" in str(error):
+        return True
+    behind = error.__cause__ or error.__context__
+    return behind is not None and _disk_is_full(behind)
+
+
+def require_space(directory: Path, size: int, what: str) -> None:
+    """Stop before the work starts when ``directory``'s disk cannot hold ``size`` more bytes."""
+    existing = directory.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(
+            f"no space left for {what}: {directory} has {free / 1e9:.2f} GB free and "
+            f"{size / 1e9:.2f} GB are needed; free some or move the results to another disk"
+        )
+
+
+def progress(items: Iterable, total: int, label: str, every: float = 10.0) -> Iterator:
+    """Yield ``items``, showing a bar on a terminal and a line every ``every`` seconds in a log."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=label)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= every or done == total:
+            last = now
+            print(f"{label}: {done}/{total} ({now - start:.0f} s)", file=sys.stderr, flush=True)
+
+
+def set_up_torch(threads: int) -> None:
+    """Fix torch's thread count and quieten transformers' bars and advice.
+
+    Sums depend on the thread count, so it comes from the config, not from --cores.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

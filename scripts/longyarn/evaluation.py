@@ -1,0 +1,74 @@
+"""What the instruments share: which model they load, and how they write what they found."""
+
+import argparse
+from pathlib import Path
+
+from longyarn import manifest, models
+from longyarn.cli import UserError, set_up_torch
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a variant and say how to load it."""
+    parser.add_argument("--variant", required=True, help="name of the variant")
+    parser.add_argument("--model", type=Path, required=True, help="manifest of the model's weights")
+    parser.add_argument("--rope", type=Path, required=True, help="manifest of its RoPE settings")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], required=True)
+    parser.add_argument("--attention", required=True, help="transformers' attn_implementation")
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+
+
+def load(arguments: argparse.Namespace):
+    """Return the variant's model, ready to evaluate, on the GPU where there is one.
+
+    A merged model must carry its RoPE by itself; an untrained variant gets it from its manifest.
+    """
+    import torch
+
+    set_up_torch(arguments.threads)
+    facts = manifest.read(arguments.model)["facts"]
+    try:
+        model = models.load_model(
+            model_directory(arguments),
+            arguments.rope,
+            dtype=arguments.precision,
+            attention=arguments.attention,
+            own_config=arguments.variant == "trained",
+            trust_remote_code=facts["trust_remote_code"],
+        )
+    except ImportError as error:
+        raise UserError(
+            f"evaluation.attention {arguments.attention} cannot be used here ({error}); install it or "
+            "set sdpa"
+        ) from None
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def model_directory(arguments: argparse.Namespace) -> Path:
+    """Return the directory of the variant's weights and tokenizer."""
+    return arguments.model.parent / manifest.read(arguments.model)["facts"]["directory"]
+
+
+def write(
+    arguments: argparse.Namespace,
+    *,
+    script: Path,
+    settings: dict,
+    inputs: dict[str, Path],
+    facts: dict,
+) -> None:
+    """Write an instrument's manifest; its facts are the result, so there is no other payload."""
+    manifest.write(
+        arguments.manifest,
+        script=script,
+        settings={
+            "variant": arguments.variant,
+            "precision": arguments.precision,
+            "attention": arguments.attention,
+            "threads": arguments.threads,
+            **settings,
+        },
+        inputs={"model": arguments.model, "rope": arguments.rope, **inputs},
+        files=[],
+        facts=facts,
+    )

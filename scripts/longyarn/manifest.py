@@ -1,0 +1,191 @@
+"""Manifests: the small JSON file that is a stage's target and says what the stage made, from what.
+
+A manifest lists each payload file with size and SHA-256, the settings, the SHA-256 of the input
+manifests, the hash of the code and the versions of the libraries. It holds no time, host or
+absolute path, so that two equal runs have equal manifests.
+"""
+
+import ast
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from longyarn.cli import UserError
+
+LIBRARIES = (
+    "torch", "transformers", "deepspeed", "peft", "accelerate", "safetensors", "tokenizers", "numpy",
+)  # fmt: skip
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_hash(script: Path) -> str:
+    """Return a hash of what a script does: its syntax tree and those of the modules it imports.
+
+    Comments, docstrings and layout do not count, so that improving them never retrains a model.
+    Only our own modules count (those that lie beside the script); libraries have versions.
+    """
+    root = Path(script).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(_local_sources(Path(script).resolve(), root)):
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and _is_docstring(body[0]):
+                body[0] = ast.Pass()
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _local_sources(script: Path, root: Path) -> set[Path]:
+    """Return the script and, transitively, the modules under ``root`` that it imports."""
+    found: set[Path] = set()
+    pending = [script]
+    while pending:
+        path = pending.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            candidates = (root / (name.replace(".", "/") + ".py") for name in names)
+            pending.extend(candidate for candidate in candidates if candidate.is_file())
+    return found
+
+
+def write(
+    path: Path,
+    *,
+    script: Path,
+    settings: dict,
+    inputs: dict[str, Path],
+    files: list[Path],
+    facts: dict,
+) -> dict:
+    """Write a stage's manifest, atomically and last, when its payload is complete.
+
+    ``files`` lie below the manifest's directory; ``facts`` are the figures that later stages and
+    the report read.
+    """
+    path = Path(path)
+    manifest = {
+        "stage": Path(script).stem,
+        "settings": settings,
+        "inputs": {name: sha256(source) for name, source in sorted(inputs.items())},
+        "files": {
+            Path(os.path.relpath(file, path.parent)).as_posix(): {
+                "size": Path(file).stat().st_size,
+                "sha256": sha256(file),
+            }
+            for file in sorted(map(Path, files))
+        },
+        "facts": facts,
+        "code": code_hash(script),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    write_json(path, manifest)
+    return manifest
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically: a reader sees the whole file or none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file, with one sentence when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the stage that makes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore or rebuild it") from None
+
+
+def read(path: Path) -> dict:
+    """Read a manifest and make sure that its payload is there; raise ``UserError`` otherwise."""
+    manifest = read_json(path)
+    broken = problems(path, manifest)
+    if broken:
+        raise UserError(f"{broken[0]}; delete {path} and run again, so that it is made anew")
+    return manifest
+
+
+def problems(path: Path, manifest: dict) -> list[str]:
+    """Return a sentence for each payload file that is missing or has another size."""
+    found = []
+    for name, entry in manifest["files"].items():
+        file = Path(path).parent / name
+        if not file.is_file():
+            found.append(f"{file}, listed in {path}, is missing")
+        elif file.stat().st_size != entry["size"]:
+            size = file.stat().st_size
+            found.append(f"{file} has {size} bytes where {path} lists {entry['size']}")
+    return found
+
+
+def set_aside_incomplete(manifests: Iterable[Path]) -> list[str]:
+    """Rename each manifest whose payload is not whole; return a sentence for each.
+
+    Snakemake sees a deleted directory but not a file deleted inside one, which is how scratch file
+    systems purge. Without its manifest the stage counts as not done, and is made anew where needed.
+    """
+    notes = []
+    for path in map(Path, manifests):
+        if not path.is_file():
+            continue
+        try:
+            broken = problems(path, read_json(path))
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            broken = [f"{path} is not a manifest ({error})"]
+        if broken:
+            os.replace(path, path.with_name(path.name + ".incomplete"))
+            notes.append(broken[0])
+    return notes
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Give a temporary directory that replaces ``path`` at once when the block ends without error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    partial.chmod(0o755)
+    try:
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""Loading models: always from safetensors, always with the RoPE that the manifest says.
+
+RoPE can reach a model in two ways that give identical frequencies. Written: the stage patch_rope
+wrote a ``config.json``, which is loaded. At load: nothing was written, and the settings are put into
+the configuration before the model is built (after that, they would have no effect).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from longyarn import manifest
+from longyarn.cli import UserError
+
+
+def load_config(model_directory: Path, rope_path: Path, trust_remote_code: bool = False):
+    """Return the transformers configuration of a model with the RoPE of the manifest ``rope_path``.
+
+    A merged model carries its RoPE in its own ``config.json``; that must then agree.
+    """
+    from transformers import AutoConfig
+
+    rope = manifest.read(rope_path)
+    facts = rope["facts"]
+    written = [name for name in rope["files"] if name.endswith("config.json")]
+    source = Path(rope_path).parent / written[0] if written else Path(model_directory)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if not written:
+        config.rope_parameters = dict(facts["rope_parameters"])
+        config.max_position_embeddings = facts["max_position_embeddings"]
+    check_config(config, facts, source)
+    return config
+
+
+def check_config(config, facts: dict, source: Path) -> None:
+    """Stop when a configuration's RoPE is not the manifest's."""
+    loaded = {k: v for k, v in (config.rope_parameters or {}).items() if k != "type"}
+    expected = facts["rope_parameters"]
+    lengths = (config.max_position_embeddings, facts["max_position_embeddings"])
+    if loaded != expected or lengths[0] != lengths[1]:
+        raise UserError(
+            f"{source} carries RoPE {loaded} to {lengths[0]} positions where the run's manifest says "
+            f"{expected} to {lengths[1]}; it was changed or made by another run, so rebuild it"
+        )
+
+
+def load_model(
+    model_directory: Path,
+    rope_path: Path,
+    *,
+    dtype: str,
+    attention: str,
+    own_config: bool = False,
+    trust_remote_code: bool = False,
+):
+    """Return the causal language model of a directory with the RoPE of a manifest, checked.
+
+    ``own_config``: the directory is a finished model, which must carry that RoPE by itself.
+    ``dtype`` is ``fp32``, ``bf16`` or ``fp16``; ``attention`` is transformers' attn_implementation.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    facts = manifest.read(rope_path)["facts"]
+    if own_config:
+        config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
+        check_config(config, facts, model_directory)
+    else:
+        config = load_config(model_directory, rope_path, trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_directory,
+        config=config,
+        dtype=torch_dtype(dtype),
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    check_rotation(model, facts)
+    return model
+
+
+def torch_dtype(name: str):
+    """Return torch's dtype for ``fp32``, ``bf16`` or ``fp16``."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def check_rotation(model, facts: dict) -> None:
+    """Stop unless every rotary module turns as the manifest says, in float32.
+
+    A config can be right and the rotation wrong: RoPE set too late, an arange in bfloat16.
+    """
+    import torch
+
+    expected = np.asarray(facts["inverse_frequencies"], dtype=np.float64)
+    found = 0
+    for name, module in model.named_modules():
+        frequencies = getattr(module, "inv_freq", None)
+        if frequencies is None:
+            continue
+        found += 1
+        actual = frequencies.detach().cpu().double().numpy()
+        if frequencies.dtype != torch.float32:
+            raise UserError(f"{name}.inv_freq is {frequencies.dtype}; RoPE needs float32")
+        if actual.shape != expected.shape or not np.allclose(actual, expected, rtol=1e-6, atol=0):
+            raise UserError(
+                f"{name} does not rotate as the RoPE manifest says (expected {expected[:3]}…, found "
+                f"{actual[:3]}…); the model was built before its RoPE was set, or by other code"
+            )
+        scaling = getattr(module, "attention_scaling", 1.0)
+        if abs(scaling - facts["attention_factor"]) > 1e-6:
+            raise UserError(
+                f"{name} scales attention by {scaling} where the RoPE manifest says "
+                f"{facts['attention_factor']}"
+            )
+    if not found:
+        raise UserError("the model has no rotary embedding with inv_freq, so its RoPE is unproved")
+
+
+def tensor_files(model_directory: Path) -> list[Path]:
+    """Return the safetensors files of a model directory, in shard order."""
+    model_directory = Path(model_directory)
+    index = model_directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [model_directory / name for name in names]
+    single = model_directory / "model.safetensors"
+    if not single.is_file():
+        raise UserError(
+            f"{model_directory} has no model.safetensors; Longyarn loads safetensors only, so convert "
+            "the weights first"
+        )
+    return [single]

@@ -1,0 +1,34 @@
+"""Intervals: what the evaluation knows, and how well."""
+
+import math
+
+import numpy as np
+
+
+def bootstrap_perplexity(
+    losses: np.ndarray, tokens: np.ndarray, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return ``(value, low, high)``: token-weighted perplexity and its 95 % interval over documents.
+
+    ``losses`` (documents,) are sums of negative log-likelihoods in nats, ``tokens`` (documents,) how
+    many tokens each sum has. Perplexity is exp(Σ losses / Σ tokens). The interval is the percentile
+    bootstrap over documents (Efron & Tibshirani 1993, chapter 13): documents, not tokens, are the
+    independent draws. With one document there is none, and both ends are the value.
+    """
+    value = math.exp(losses.sum() / tokens.sum())
+    if len(losses) < 2:
+        return value, value, value
+    draws = np.random.default_rng(seed).integers(len(losses), size=(resamples, len(losses)))
+    ratios = losses[draws].sum(axis=1) / tokens[draws].sum(axis=1)
+    low, high = np.exp(np.percentile(ratios, [2.5, 97.5]))
+    return value, float(low), float(high)
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a rate (Wilson 1927): sound near 0 and 1, and for few trials."""
+    z = 1.959963984540054
+    rate = successes / trials
+    centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
+    spread = z / (1 + z * z / trials)
+    spread *= math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - spread), min(1.0, centre + spread)

@@ -1,0 +1,159 @@
+"""Merge what was trained into the base model: safetensors in, safetensors out, shard by shard.
+
+A LoRA delta, B·A·alpha/r, is added in float32 and the sum cast to the base's type once; a tensor that
+was trained whole replaces the base's. The merged directory carries its RoPE, tokenizer and
+generation settings, and loads with plain transformers.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from longyarn import manifest, models
+from longyarn.cli import UserError, program, progress, require_space, set_up_torch
+
+PREFIX = "base_model.model."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
+    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
+    parser.add_argument("--train", type=Path, required=True, help="manifest of what was trained")
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
+    arguments = parser.parse_args()
+    set_up_torch(arguments.threads)
+
+    base = manifest.read(arguments.base)
+    rope = manifest.read(arguments.rope)["facts"]
+    train = manifest.read(arguments.train)
+    source = arguments.base.parent / base["facts"]["directory"]
+    trained = arguments.train.parent / train["facts"]["directory"]
+    require_space(arguments.output.parent, base["facts"]["bytes"], "the merged model")
+
+    with manifest.new_directory(arguments.output) as directory:
+        if train["facts"]["mode"] == "lora":
+            adapter = read_adapter(trained)
+            unused = set(adapter)
+            for shard in progress(
+                models.tensor_files(source), len(models.tensor_files(source)), "merge"
+            ):
+                unused -= merge_shard(shard, directory / shard.name, adapter)
+            if unused:
+                raise UserError(
+                    f"the adapter changes {sorted(unused)[0]}, which the base model lacks; it was "
+                    "trained on another model"
+                )
+            index = source / "model.safetensors.index.json"
+            if index.is_file():
+                shutil.copyfile(index, directory / index.name)
+        else:
+            for file in sorted(trained.iterdir()):
+                shutil.copyfile(file, directory / file.name)
+        copy_rest(source, directory, rope)
+    files = sorted(arguments.output.iterdir())
+    manifest.write(
+        arguments.manifest,
+        script=Path(__file__),
+        settings={},
+        inputs={"base": arguments.base, "rope": arguments.rope, "train": arguments.train},
+        files=files,
+        facts={
+            "directory": arguments.output.name,
+            "mode": train["facts"]["mode"],
+            "trust_remote_code": base["facts"]["trust_remote_code"],
+            "bytes": sum(file.stat().st_size for file in files),
+        },
+    )
+
+
+def read_adapter(directory: Path) -> dict:
+    """Return, by the name of the base's tensor, a function from its old value to its new one.
+
+    The names and the scale follow PEFT: ``<name>.lora_A.weight`` is A (r, in), ``lora_B`` is B
+    (out, r), and the delta is B·A·alpha/r, or alpha/√r with rsLoRA.
+    """
+    from safetensors.torch import load_file
+
+    record = manifest.read_json(directory / "adapter_config.json")
+    odd = {"lora_bias", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"}
+    for key in sorted(odd):
+        if record.get(key):
+            raise UserError(f"the adapter uses {key}, which Longyarn's merge does not know")
+    rank = record["r"]
+    scale = record["lora_alpha"] / (rank**0.5 if record.get("use_rslora") else rank)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    changes = {}
+    for name, tensor in tensors.items():
+        target = name.removeprefix(PREFIX)
+        if ".lora_B." in target:
+            continue
+        if ".lora_A." in target:
+            other = tensors[name.replace(".lora_A.", ".lora_B.")]
+            changes[target.replace(".lora_A.", ".")] = add_delta(tensor, other, scale)
+        else:
+            changes[target] = replace_by(tensor)
+    return changes
+
+
+def add_delta(a, b, scale: float):
+    """Return the change of a matrix W (out, in) to W + scale·B·A, summed in float32."""
+
+    def change(weight):
+        delta = (b.float() @ a.float()) * scale
+        return (weight.float() + delta).to(weight.dtype)
+
+    return change
+
+
+def replace_by(tensor):
+    """Return the change of a tensor to another one of the same shape, in the old one's type."""
+    return lambda weight: tensor.to(weight.dtype)
+
+
+def merge_shard(source: Path, target: Path, changes: dict) -> set[str]:
+    """Write one shard with ``changes`` applied and return the names that were changed."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    merged, changed = {}, set()
+    with safe_open(source, framework="pt") as shard:
+        metadata = shard.metadata()
+        for name in shard.keys():
+            weight = shard.get_tensor(name)
+            if name in changes:
+                new = changes[name](weight)
+                if new.shape != weight.shape:
+                    raise UserError(
+                        f"the adapter's {name} has shape {tuple(new.shape)} where the base model has "
+                        f"{tuple(weight.shape)}; it was trained on another model"
+                    )
+                weight = new
+                changed.add(name)
+            merged[name] = weight.contiguous()
+    save_file(merged, target, metadata=metadata)
+    return changed
+
+
+def copy_rest(source: Path, directory: Path, rope: dict) -> None:
+    """Copy tokenizer and settings beside the weights and write the config with its RoPE."""
+    from longyarn.rope import patched_config
+
+    for file in sorted(source.iterdir()):
+        if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, directory / file.name)
+    config = manifest.read_json(source / "config.json")
+    config = patched_config(config, rope["rope_parameters"], rope["max_position_embeddings"])
+    manifest.write_json(directory / "config.json", config)
+    tokenizer = directory / "tokenizer_config.json"
+    if tokenizer.is_file():
+        record = json.loads(tokenizer.read_text(encoding="utf-8"))
+        record["model_max_length"] = rope["max_position_embeddings"]
+        manifest.write_json(tokenizer, record)
+
+
+if __name__ == "__main__":
+    program(main)()

@@ -1,0 +1,122 @@
+"""Turn documents into tokens with the model's own tokenizer, and keep the held-out ones apart.
+
+Each document begins with the tokenizer's bos token and ends with its eos token, where it has them.
+The payload is one safetensors file: ``tokens`` int32 (n,), all documents end to end, and ``offsets``
+int64 (documents + 1,).
+"""
+
+import argparse
+import difflib
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from longyarn import manifest
+from longyarn.cli import UserError, program, progress
+
+DOCUMENTS_AT_ONCE = 16  # the tokenizer takes documents of a group in parallel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
+    parser.add_argument("--corpus", type=Path, required=True, help="manifest of the corpus")
+    parser.add_argument("--held-out", nargs="+", required=True, help="ids kept for evaluation")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
+    arguments = parser.parse_args()
+    from safetensors.numpy import save_file
+
+    base = manifest.read(arguments.base)
+    corpus = manifest.read(arguments.corpus)
+    check_held_out(arguments.held_out, corpus["facts"]["ids"])
+    tokenizer = load_tokenizer(
+        arguments.base.parent / base["facts"]["directory"], base["facts"]["trust_remote_code"]
+    )
+
+    documents, pieces = [], []
+    source = arguments.corpus.parent / next(iter(corpus["files"]))
+    groups = in_groups(read_lines(source), DOCUMENTS_AT_ONCE)
+    total = math.ceil(corpus["facts"]["documents"] / DOCUMENTS_AT_ONCE)
+    for group in progress(groups, total, "tokenise"):
+        encoded = encode(tokenizer, [document["text"] for document in group])
+        for document, tokens in zip(group, encoded, strict=True):
+            pieces.append(tokens)
+            held_out = document["id"] in arguments.held_out
+            documents.append({"id": document["id"], "tokens": len(tokens), "held_out": held_out})
+    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
+    with manifest.new_directory(arguments.output) as directory:
+        save_file(
+            {"tokens": np.concatenate(pieces), "offsets": offsets.astype(np.int64)},
+            directory / "tokens.safetensors",
+        )
+    manifest.write(
+        arguments.manifest,
+        script=Path(__file__),
+        settings={"held_out": arguments.held_out},
+        inputs={"base": arguments.base, "corpus": arguments.corpus},
+        files=[arguments.output / "tokens.safetensors"],
+        facts={
+            "tokens": int(offsets[-1]),
+            "tokens_held_out": sum(d["tokens"] for d in documents if d["held_out"]),
+            "documents": documents,
+        },
+    )
+
+
+def check_held_out(held_out: list[str], ids: list[str]) -> None:
+    """Stop when a held-out id is not in the corpus, or nothing is left to train on."""
+    for name in held_out:
+        if name not in ids:
+            near = difflib.get_close_matches(name, ids, n=1)
+            mend = f"did you mean {near[0]!r}?" if near else f"the first ids are {ids[:3]}"
+            raise UserError(f"corpus.held_out names {name!r}, which the corpus lacks; {mend}")
+    if set(held_out) >= set(ids):
+        raise UserError("corpus.held_out names every document, so none is left to train on")
+
+
+def load_tokenizer(model_directory: Path, trust_remote_code: bool):
+    """Return the model's tokenizer."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        return AutoTokenizer.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the tokenizer in {model_directory} cannot be loaded ({reason})") from None
+
+
+def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Return documents' tokens, each int32 (n,), with bos before and eos after where there are such."""
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    found = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [np.asarray(before + tokens + after, dtype=np.int32) for tokens in found]
+
+
+def in_groups(items: Iterator[dict], size: int) -> Iterator[list[dict]]:
+    """Yield lists of up to ``size`` items."""
+    while group := list(itertools.islice(items, size)):
+        yield group
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """Yield the documents of a JSON Lines file."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error}); rebuild it") from None
+
+
+if __name__ == "__main__":
+    program(main)()
