@@ -46,6 +46,7 @@ bench: setup-dev
 # Train the micro base model anew, from the same books. It is committed, so nobody needs to.
 micro-base: setup
 	snakemake --cores $(CORES) micro_base
+	cp results/micro/micro_base/* resources/micro-base/
 
 # Write the hash-locked requirements from the short .in files.
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header

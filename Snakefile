@@ -28,6 +28,7 @@ include: "rules/merge.smk"
 include: "rules/perplexity.smk"
 include: "rules/passkey.smk"
 include: "rules/report.smk"
+include: "rules/micro_base.smk"
 
 
 rule all:
@@ -35,5 +36,9 @@ rule all:
     default_target: True
     input:
         f"{RUN}/report.html",
-        f"{RUN}/merge.json",
+        f"{RUN}/merged.json",
         f"{RUN}/merged",
+
+
+onsuccess:
+    print_verdict()

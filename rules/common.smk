@@ -5,8 +5,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
-
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from longyarn import manifest
@@ -16,7 +14,8 @@ from longyarn.config import complete
 try:
     config = complete(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml")
 except UserError as error:
-    raise WorkflowError(str(error)) from None
+    # Snakemake would print a WorkflowError with a piece of traceback.
+    sys.exit(f"error: {error}")
 
 RUN = f"{config['paths']['results']}/{config['run']}"
 
@@ -48,6 +47,11 @@ def unless_null(flag, value):
     return "" if value is None else f"{flag} {value}"
 
 
+def by_name(directory, names):
+    """Return NAME=manifest arguments for manifests of one kind."""
+    return [f"{name}={RUN}/{directory}/{name}.json" for name in names]
+
+
 def local_model_files(wildcards):
     """Return the files of a local source, so that a changed model is noticed; none for the hub."""
     source = Path(config["model"]["source"]).expanduser()
@@ -73,11 +77,19 @@ def variant_inputs(wildcards):
     trained = wildcards.variant == "trained"
     rope = TRAINED_ROPE if trained else wildcards.variant
     return {
-        "model": f"{RUN}/merge.json" if trained else f"{RUN}/base.json",
+        "model": f"{RUN}/merged.json" if trained else f"{RUN}/base.json",
         "weights": ancient(f"{RUN}/merged" if trained else f"{RUN}/base"),
         "rope": f"{RUN}/rope/{rope}.json",
         "rope_files": ancient(f"{RUN}/rope/{rope}"),
     }
+
+
+def print_verdict():
+    """Say at the end of a run where the report is and what it found."""
+    report = Path(RUN) / "report.json"
+    if report.is_file():
+        verdict = json.loads(report.read_text(encoding="utf-8"))["verdict"]["sentence"]
+        print(f"\n{verdict}\nThe report: {Path(RUN) / 'report.html'}", file=sys.stderr)
 
 
 # A manifest whose payload was purged says what is not there; set aside, its stage is made anew.

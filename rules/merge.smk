@@ -6,10 +6,10 @@ rule merge:
         base=f"{RUN}/base.json",
         model=ancient(f"{RUN}/base"),
         rope=f"{RUN}/rope/{TRAINED_ROPE}.json",
-        train=f"{RUN}/train.json",
-        adapter=ancient(f"{RUN}/adapter"),
+        train=f"{RUN}/trained.json",
+        adapter=ancient(f"{RUN}/trained"),
     output:
-        manifest=f"{RUN}/merge.json",
+        manifest=f"{RUN}/merged.json",
         payload=directory(f"{RUN}/merged"),
     log:
         f"{RUN}/logs/merge.log",

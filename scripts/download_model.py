@@ -5,13 +5,12 @@ hub's SHA-256 where the hub gives one, and for being whole in any case.
 """
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
 
 from longyarn import manifest, models
-from longyarn.cli import UserError, program, require_space
+from longyarn.cli import UserError, first_line, program, require_space
 
 WANTED = (
     "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
@@ -39,13 +38,14 @@ def main() -> None:
     else:
         source = from_hub(arguments.source, arguments.revision, arguments.cache)
     files = wanted_files(source, arguments.trust_remote_code)
-    check_whole(source)
-    size = sum(file.stat().st_size for file in files)
-    require_space(arguments.output.parent, size, "the base model")
+    check_whole(source, files)
+    config = manifest.read_json(source / "config.json")
     with manifest.new_directory(arguments.output) as directory:
+        disk = directory.stat().st_dev
+        copied = sum(file.stat().st_size for file in files if file.stat().st_dev != disk)
+        require_space(arguments.output.parent, copied, "the base model")
         for file in files:
             link_or_copy(file, directory / file.name)
-    config = manifest.read_json(arguments.output / "config.json")
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
@@ -58,7 +58,7 @@ def main() -> None:
             "revision": arguments.revision or None,
             "trust_remote_code": arguments.trust_remote_code,
             "model_type": config.get("model_type"),
-            "bytes": size,
+            "bytes": sum(file.stat().st_size for file in files),
         },
     )
 
@@ -70,8 +70,15 @@ def is_local(source: str) -> bool:
 
 def from_hub(repository: str, revision: str, cache: Path) -> Path:
     """Download what is wanted of a hub repository, resuming, and return the snapshot's directory."""
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if not revision:
         raise UserError(
@@ -94,11 +101,20 @@ def from_hub(repository: str, revision: str, cache: Path) -> Path:
             f"the hub has no {repository}, or it is private: mend model.source, or log in with "
             "`hf auth login`"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == 28:
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the hub did not give {repository} at {revision}: {reason}") from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"the hub's {repository} has no revision {revision}; mend model.revision"
+        ) from None
+    except HFValidationError:
+        raise UserError(
+            f"model.source {repository} is neither a directory that exists nor owner/name on the hub; "
+            "mend it"
+        ) from None
+    except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"the hub did not give {repository} at {revision} ({first_line(error)}); try again, or "
+            "download it elsewhere and let model.source name the directory"
+        ) from None
     for sibling in info.siblings:
         file = snapshot / sibling.rfilename
         if (
@@ -106,7 +122,11 @@ def from_hub(repository: str, revision: str, cache: Path) -> Path:
             and file.is_file()
             and manifest.sha256(file) != sibling.lfs.sha256
         ):
-            raise UserError(f"{file} differs from the hub's SHA-256; delete it and run again")
+            file.resolve().unlink()
+            raise UserError(
+                f"{file} differs from the hub's SHA-256; run again, and if it differs again do not trust "
+                "the source"
+            )
     return snapshot
 
 
@@ -120,17 +140,20 @@ def wanted_files(source: Path, code: bool) -> list[Path]:
     return sorted(files)
 
 
-def check_whole(source: Path) -> None:
-    """Stop when a tensor file is missing, cut short or not safetensors."""
+def check_whole(source: Path, files: list[Path]) -> None:
+    """Stop when a tensor file is missing, cut short or not safetensors, or a JSON file is broken."""
     from safetensors import SafetensorError, safe_open
 
+    for file in files:
+        if file.suffix == ".json" and not isinstance(manifest.read_json(file), dict):
+            raise UserError(f"{file} is not a JSON object; restore it from where the model came")
     for file in models.tensor_files(source):
         try:
             with safe_open(file, framework="numpy") as tensors:
                 tensors.keys()
         except FileNotFoundError:
             raise UserError(f"{file}, named in the index, is missing; download it again") from None
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except SafetensorError as error:
             raise UserError(
                 f"{file} is not a whole safetensors file ({error}); download it again"
             ) from None

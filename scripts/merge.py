@@ -28,7 +28,7 @@ def main() -> None:
     set_up_torch(arguments.threads)
 
     base = manifest.read(arguments.base)
-    rope = manifest.read(arguments.rope)["facts"]
+    rope = manifest.read_facts(arguments.rope)
     train = manifest.read(arguments.train)
     source = arguments.base.parent / base["facts"]["directory"]
     trained = arguments.train.parent / train["facts"]["directory"]
@@ -36,17 +36,10 @@ def main() -> None:
 
     with manifest.new_directory(arguments.output) as directory:
         if train["facts"]["mode"] == "lora":
-            adapter = read_adapter(trained)
-            unused = set(adapter)
-            for shard in progress(
-                models.tensor_files(source), len(models.tensor_files(source)), "merge"
-            ):
-                unused -= merge_shard(shard, directory / shard.name, adapter)
-            if unused:
-                raise UserError(
-                    f"the adapter changes {sorted(unused)[0]}, which the base model lacks; it was "
-                    "trained on another model"
-                )
+            adapter = read_adapter(trained, tensor_names(source))
+            shards = models.tensor_files(source)
+            for shard in progress(shards, len(shards), "merge"):
+                merge_shard(shard, directory / shard.name, adapter)
             index = source / "model.safetensors.index.json"
             if index.is_file():
                 shutil.copyfile(index, directory / index.name)
@@ -70,7 +63,18 @@ def main() -> None:
     )
 
 
-def read_adapter(directory: Path) -> dict:
+def tensor_names(model_directory: Path) -> set[str]:
+    """Return the names of all tensors in a model directory."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in models.tensor_files(model_directory):
+        with safe_open(file, framework="pt") as shard:
+            names.update(shard.keys())
+    return names
+
+
+def read_adapter(directory: Path, base_names: set[str]) -> dict:
     """Return, by the name of the base's tensor, a function from its old value to its new one.
 
     The names and the scale follow PEFT: ``<name>.lora_A.weight`` is A (r, in), ``lora_B`` is B
@@ -79,13 +83,15 @@ def read_adapter(directory: Path) -> dict:
     from safetensors.torch import load_file
 
     record = manifest.read_json(directory / "adapter_config.json")
-    odd = {"lora_bias", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"}
-    for key in sorted(odd):
+    for key in ("lora_bias", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
         if record.get(key):
             raise UserError(f"the adapter uses {key}, which Longyarn's merge does not know")
     rank = record["r"]
     scale = record["lora_alpha"] / (rank**0.5 if record.get("use_rslora") else rank)
     tensors = load_file(directory / "adapter_model.safetensors")
+    if record.get("ensure_weight_tying"):
+        # PEFT saves a tied embedding under the head's name too; the base has it once.
+        tensors = {k: v for k, v in tensors.items() if not is_second_name(k, tensors, base_names)}
     changes = {}
     for name, tensor in tensors.items():
         target = name.removeprefix(PREFIX)
@@ -96,7 +102,23 @@ def read_adapter(directory: Path) -> dict:
             changes[target.replace(".lora_A.", ".")] = add_delta(tensor, other, scale)
         else:
             changes[target] = replace_by(tensor)
+    unknown = sorted(set(changes) - base_names)
+    if unknown:
+        raise UserError(
+            f"the adapter changes {unknown[0]}, which the base model lacks; it was trained on another "
+            "model"
+        )
     return changes
+
+
+def is_second_name(name: str, tensors: dict, base_names: set[str]) -> bool:
+    """Tell whether a tensor that the base lacks is one that it has, under another name."""
+    if "lora_" in name or name.removeprefix(PREFIX) in base_names:
+        return False
+    return any(
+        other != name and tensor.shape == tensors[name].shape and tensor.equal(tensors[name])
+        for other, tensor in tensors.items()
+    )
 
 
 def add_delta(a, b, scale: float):
@@ -114,28 +136,24 @@ def replace_by(tensor):
     return lambda weight: tensor.to(weight.dtype)
 
 
-def merge_shard(source: Path, target: Path, changes: dict) -> set[str]:
-    """Write one shard with ``changes`` applied and return the names that were changed."""
+def merge_shard(source: Path, target: Path, changes: dict) -> None:
+    """Write one shard with ``changes`` applied."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    merged, changed = {}, set()
+    merged = {}
     with safe_open(source, framework="pt") as shard:
         metadata = shard.metadata()
         for name in shard.keys():
             weight = shard.get_tensor(name)
-            if name in changes:
-                new = changes[name](weight)
-                if new.shape != weight.shape:
-                    raise UserError(
-                        f"the adapter's {name} has shape {tuple(new.shape)} where the base model has "
-                        f"{tuple(weight.shape)}; it was trained on another model"
-                    )
-                weight = new
-                changed.add(name)
-            merged[name] = weight.contiguous()
+            new = changes[name](weight) if name in changes else weight
+            if new.shape != weight.shape:
+                raise UserError(
+                    f"the adapter's {name} has shape {tuple(new.shape)} where the base model has "
+                    f"{tuple(weight.shape)}; it was trained on another model"
+                )
+            merged[name] = new.contiguous()
     save_file(merged, target, metadata=metadata)
-    return changed
 
 
 def copy_rest(source: Path, directory: Path, rope: dict) -> None:

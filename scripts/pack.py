@@ -31,7 +31,7 @@ def main() -> None:
     from safetensors.numpy import load_file, save_file
 
     tokens = manifest.read(arguments.tokens)
-    rope = manifest.read(arguments.rope)["facts"]
+    rope = manifest.read_facts(arguments.rope)
     original = rope["original_max_position_embeddings"]
     length = rope["max_position_embeddings"]
     stored = load_file(arguments.tokens.parent / next(iter(tokens["files"])))

@@ -1,7 +1,7 @@
 """Work out the RoPE settings of one variant of the model, check them, and write them down.
 
-Method A (``--write``) writes a patched ``config.json``; method B writes the settings alone, and every
-later stage applies them at load. Either way the manifest holds them, with the inverse frequencies
+Method A (``write_config`` true) writes a patched ``config.json``; method B writes the settings alone,
+and every later stage applies them at load. Either way the manifest holds them, with the inverse frequencies
 that every later stage compares with what it loads.
 """
 
@@ -36,6 +36,7 @@ def main() -> None:
         parameters, factor = dict(config.rope_parameters), 1.0
         length = original = config.max_position_embeddings
     else:
+        rope.check_parameters(config.rope_parameters)
         refuse_sliding_window(config, settings["target_length"])
         parameters, factor, original = rope.extend(
             config.rope_parameters,

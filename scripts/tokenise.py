@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from longyarn import manifest
-from longyarn.cli import UserError, program, progress
+from longyarn.cli import UserError, first_line, program, progress
 
 DOCUMENTS_AT_ONCE = 16  # the tokenizer takes documents of a group in parallel
 
@@ -35,9 +35,8 @@ def main() -> None:
     base = manifest.read(arguments.base)
     corpus = manifest.read(arguments.corpus)
     check_held_out(arguments.held_out, corpus["facts"]["ids"])
-    tokenizer = load_tokenizer(
-        arguments.base.parent / base["facts"]["directory"], base["facts"]["trust_remote_code"]
-    )
+    model_directory = arguments.base.parent / base["facts"]["directory"]
+    tokenizer = load_tokenizer(model_directory, base["facts"]["trust_remote_code"])
 
     documents, pieces = [], []
     source = arguments.corpus.parent / next(iter(corpus["files"]))
@@ -45,14 +44,16 @@ def main() -> None:
     total = math.ceil(corpus["facts"]["documents"] / DOCUMENTS_AT_ONCE)
     for group in progress(groups, total, "tokenise"):
         encoded = encode(tokenizer, [document["text"] for document in group])
-        for document, tokens in zip(group, encoded, strict=True):
-            pieces.append(tokens)
+        for document, piece in zip(group, encoded, strict=True):
+            pieces.append(piece)
             held_out = document["id"] in arguments.held_out
-            documents.append({"id": document["id"], "tokens": len(tokens), "held_out": held_out})
+            documents.append({"id": document["id"], "tokens": len(piece), "held_out": held_out})
+    tokens = np.concatenate(pieces)
+    check_vocabulary(tokens, manifest.read_json(model_directory / "config.json"))
     offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
     with manifest.new_directory(arguments.output) as directory:
         save_file(
-            {"tokens": np.concatenate(pieces), "offsets": offsets.astype(np.int64)},
+            {"tokens": tokens, "offsets": offsets.astype(np.int64)},
             directory / "tokens.safetensors",
         )
     manifest.write(
@@ -77,7 +78,9 @@ def check_held_out(held_out: list[str], ids: list[str]) -> None:
             mend = f"did you mean {near[0]!r}?" if near else f"the first ids are {ids[:3]}"
             raise UserError(f"corpus.held_out names {name!r}, which the corpus lacks; {mend}")
     if set(held_out) >= set(ids):
-        raise UserError("corpus.held_out names every document, so none is left to train on")
+        raise UserError(
+            "corpus.held_out names every document, so none is left to train on; hold fewer out"
+        )
 
 
 def load_tokenizer(model_directory: Path, trust_remote_code: bool):
@@ -89,9 +92,21 @@ def load_tokenizer(model_directory: Path, trust_remote_code: bool):
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         return AutoTokenizer.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the tokenizer in {model_directory} cannot be loaded ({reason})") from None
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise UserError(
+            f"the tokenizer in {model_directory} cannot be loaded ({first_line(error)}); restore its "
+            "files in model.source"
+        ) from None
+
+
+def check_vocabulary(tokens: np.ndarray, config: dict) -> None:
+    """Stop when the tokenizer gives a token for which the model has no embedding."""
+    vocabulary = config.get("vocab_size")
+    if vocabulary is not None and tokens.max() >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {tokens.max()}, but the model's vocab_size is {vocabulary}; "
+            "model.source mixes files of two models, so restore them"
+        )
 
 
 def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:

@@ -49,10 +49,13 @@ def main() -> None:
             f"training.gpus is {settings['gpus']}, but this machine shows {torch.cuda.device_count()}; "
             "lower it, or set 0 for the CPU"
         )
+    if not settings["gpus"]:
+        # One process needs no shared-memory collectives; else DeepSpeed compiles them at this point.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if settings["gpus"] else "gloo", verbose=False)
 
     base = manifest.read(arguments.base)
-    rope = manifest.read(arguments.rope)["facts"]
+    rope = manifest.read_facts(arguments.rope)
     pack = manifest.read(arguments.pack)
     work = arguments.work / run_hash(arguments)
     data = Packed(

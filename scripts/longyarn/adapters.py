@@ -56,7 +56,7 @@ def trained_shapes(model) -> dict[str, tuple[int, ...]]:
     Under ZeRO-3 a process holds a share of each tensor; ``ds_shape`` is the whole.
     """
     shapes = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             saved = name.replace(".modules_to_save.default", "").replace(".default", "")
             shapes[saved] = tuple(getattr(parameter, "ds_shape", parameter.shape))

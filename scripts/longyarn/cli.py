@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import re
 import shutil
 import sys
 import time
@@ -26,12 +27,20 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except UserError as error:
             sys.exit(f"error: {error}")
+        except PermissionError as error:
+            sys.exit(f"error: no permission ({error}); grant it or choose another path")
         except Exception as error:
             if not _disk_is_full(error):
                 raise
             sys.exit(f"error: no space left on the disk ({error}); free some and run again")
 
     return run
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message, without passwords in addresses, for a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"//[^/@\s]+@", "//", lines[0]).rstrip(".: ")
 
 
 def _disk_is_full(error: BaseException) -> bool:

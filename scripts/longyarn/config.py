@@ -1,6 +1,8 @@
 """The configuration: filled with defaults and checked before the DAG is built."""
 
 import difflib
+import json
+import math
 from pathlib import Path
 
 import jsonschema
@@ -9,12 +11,40 @@ import yaml
 from longyarn.cli import UserError
 
 
+def _is_whole(checker, value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(checker, value) -> bool:
+    return _is_whole(checker, value) or (isinstance(value, float) and math.isfinite(value))
+
+
+# JSON Schema takes 4096.0 for an integer and .nan for a number; neither is what a stage can use.
+Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
+        {"integer": _is_whole, "number": _is_finite}
+    ),
+)
+
+TYPES = {
+    "object": "a mapping",
+    "array": "a list",
+    "string": "text",
+    "number": "a number",
+    "integer": "a whole number",
+    "boolean": "true or false",
+    "null": "null",
+}
+
+
 def complete(config: dict, schema_path: Path) -> dict:
     """Return ``config`` with every default of the schema filled in, or raise one clear sentence."""
     schema = yaml.safe_load(Path(schema_path).read_text(encoding="utf-8"))
     filled = _with_defaults(config, schema)
-    errors = jsonschema.Draft202012Validator(schema).iter_errors(filled)
-    error = jsonschema.exceptions.best_match(errors)
+    # An unknown key comes first, because a misspelt one often is missing too.
+    first = jsonschema.exceptions.by_relevance(strong={"additionalProperties"})
+    error = jsonschema.exceptions.best_match(Validator(schema).iter_errors(filled), key=first)
     if error is not None:
         raise UserError(_sentence(error))
     check(filled)
@@ -37,42 +67,60 @@ def _with_defaults(value, schema: dict):
 
 def _sentence(error: jsonschema.ValidationError) -> str:
     """Say a schema violation in one sentence that names the key and the mend."""
-    where = ".".join(str(part) for part in error.absolute_path)
+    where = error.json_path.removeprefix("$").removeprefix(".")
     if error.validator == "additionalProperties":
         known = list(error.schema["properties"])
         unknown = sorted(set(error.instance) - set(known), key=str)[0]
         name = f"{where}.{unknown}" if where else str(unknown)
-        near = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(unknown), known, n=1)
         mend = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"config key {name!r} is unknown; {mend}"
     if error.validator == "required":
         missing = next(key for key in error.validator_value if key not in error.instance)
         name = f"{where}.{missing}" if where else missing
         return f"config key {name!r} is missing; {_purpose(error.schema['properties'][missing])}"
-    value = repr(error.instance)
-    hint = ""
-    if isinstance(error.instance, str) and error.validator == "type":
-        try:
-            float(error.instance)
-            hint = "; YAML reads 1e-4 as text, so write 1.0e-4, and numbers without quotes"
-        except ValueError:
-            pass
-    rule = {
-        "type": lambda v: f"must be of type {' or '.join(v) if isinstance(v, list) else v}",
-        "enum": lambda v: f"must be one of {', '.join(map(str, v))}",
-        "minimum": lambda v: f"must be at least {v}",
-        "maximum": lambda v: f"must be at most {v}",
-        "exclusiveMinimum": lambda v: f"must be more than {v}",
-        "exclusiveMaximum": lambda v: f"must be less than {v}",
-        "pattern": lambda v: f"must match {v}",
-        "minItems": lambda v: "must not be empty",
-        "minLength": lambda v: "must not be empty",
-        "uniqueItems": lambda v: "must not repeat an entry",
-    }.get(error.validator, lambda v: error.message)(error.validator_value)
+    value, rule = error.instance, error.validator_value
+    sentence = {
+        "type": lambda: f"must be {_types(rule)}{_type_hint(value, rule)}",
+        "enum": lambda: f"must be one of {', '.join(map(str, rule))}",
+        "minimum": lambda: f"must be at least {rule}",
+        "maximum": lambda: f"must be at most {rule}",
+        "exclusiveMinimum": lambda: f"must be more than {rule}",
+        "exclusiveMaximum": lambda: f"must be less than {rule}",
+        "pattern": lambda: f"must match {rule}",
+        "minItems": lambda: "must not be empty",
+        "minLength": lambda: "must not be empty",
+        "uniqueItems": lambda: "must not repeat an entry",
+    }[error.validator]()
     purpose = _purpose(error.schema)
-    return f"config key {where!r} is {value}, but it {rule}{hint}" + (
+    return f"config key {where!r} is {_shown(value)}, but {sentence}" + (
         f" ({purpose})" if purpose else ""
     )
+
+
+def _types(names: str | list[str]) -> str:
+    # null is named last, because a value is what is wanted.
+    names = [names] if isinstance(names, str) else sorted(names, key="null".__eq__)
+    return " or ".join(TYPES[name] for name in names)
+
+
+def _type_hint(value, names: str | list[str]) -> str:
+    """Return what to do about a value that YAML reads as another type than it looks."""
+    if "string" in names and not isinstance(value, dict | list | None):
+        return "; put it in quotes"
+    if isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return ""
+        return "; YAML reads 1e-4 as text, so write 1.0e-4, and numbers without quotes"
+    return ""
+
+
+def _shown(value) -> str:
+    """Return a value as the config would have it, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _purpose(schema: dict) -> str:

@@ -142,6 +142,11 @@ def read(path: Path) -> dict:
     return manifest
 
 
+def read_facts(path: Path) -> dict:
+    """Read the figures of a manifest; its payload may have been purged since."""
+    return read_json(path)["facts"]
+
+
 def problems(path: Path, manifest: dict) -> list[str]:
     """Return a sentence for each payload file that is missing or has another size."""
     found = []

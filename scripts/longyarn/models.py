@@ -5,7 +5,6 @@ wrote a ``config.json``, which is loaded. At load: nothing was written, and the 
 the configuration before the model is built (after that, they would have no effect).
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,7 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    facts = manifest.read(rope_path)["facts"]
+    facts = manifest.read_facts(rope_path)
     if own_config:
         config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
         check_config(config, facts, model_directory)
@@ -123,8 +122,10 @@ def tensor_files(model_directory: Path) -> list[Path]:
     model_directory = Path(model_directory)
     index = model_directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [model_directory / name for name in names]
+        names = manifest.read_json(index).get("weight_map")
+        if not names:
+            raise UserError(f"{index} has no weight_map; restore it from where the model came")
+        return [model_directory / name for name in sorted(set(names.values()))]
     single = model_directory / "model.safetensors"
     if not single.is_file():
         raise UserError(

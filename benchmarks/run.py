@@ -1,0 +1,67 @@
+"""Run the benchmarks: each compares two commands in turn on this machine and reports the ratio.
+
+Prints a table and writes ``benchmarks/results.json``. A ratio is the median of the pairs' ratios, so
+that a machine whose speed drifts does not tilt it.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = 7
+
+
+def seconds(command: list[str]) -> float:
+    """Return the wall time of a command in seconds; stop when it fails."""
+    start = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def compare(name: str, goal: str, ours: list[str], other: list[str]) -> dict:
+    """Time two commands alternately, after one unmeasured run of each."""
+    seconds(ours), seconds(other)
+    pairs = [(seconds(ours), seconds(other)) for _ in range(PAIRS)]
+    return {
+        "name": name,
+        "ratio": round(statistics.median(a / b for a, b in pairs), 3),
+        "goal": goal,
+        "ours": f"{statistics.median(a for a, _ in pairs):.2f} s",
+        "other": f"{statistics.median(b for _, b in pairs):.2f} s",
+        "command": f"{' '.join(ours)}  against  {' '.join(other)}",
+    }
+
+
+def machine() -> str:
+    """Return a line about this machine."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{os.cpu_count()} × {model}, {platform.system()}, Python {platform.python_version()}"
+
+
+def main() -> None:
+    """Run all benchmarks; the default run must be finished, so that a no-op run is one."""
+    dry = subprocess.run(["snakemake", "-n"], cwd=ROOT, capture_output=True, text=True)
+    if "Nothing to be done" not in dry.stdout + dry.stderr:
+        sys.exit("error: the default run is not finished; run `make` first, then `make bench`")
+    results = [
+        compare("noop_vs_version", "<= 2", ["snakemake"], ["snakemake", "--version"]),
+    ]
+    for row in results:
+        print(f"{row['name']:24} {row['ratio']:8.3f}  goal {row['goal']:8}", end="")
+        print(f" ours {row['ours']:10} other {row['other']:10} {row['command']}")
+    text = json.dumps({"machine": machine(), "results": results}, indent=1) + "\n"
+    (ROOT / "benchmarks" / "results.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

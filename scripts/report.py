@@ -1,0 +1,347 @@
+"""Write the report: one page that a person reads, and the same figures as JSON and PNG.
+
+Everything comes from the manifests. Nothing is measured or loaded here, so that the report is made in
+seconds and can be made anew at any time. docs/report.md describes every key of the JSON.
+"""
+
+import argparse
+import csv
+import math
+import os
+from pathlib import Path
+
+from longyarn import figures, manifest, verdict
+from longyarn.cli import UserError, program
+
+INSTRUMENTS = ("perplexity", "passkey")
+STAGES = {
+    "base": "download_model", "corpus": "download_corpus", "tokens": "tokenise", "pack": "pack",
+    "train": "train", "merge": "merge",
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, stage in STAGES.items():
+        parser.add_argument(f"--{name}", type=Path, required=True, help=f"manifest of {stage}")
+    parser.add_argument("--rope", type=named, nargs="+", required=True, help="variant=manifest")
+    parser.add_argument("--trained-rope", required=True, help="variant that training started from")
+    for name in INSTRUMENTS:
+        parser.add_argument(f"--{name}", type=named, nargs="*", default=[], help="variant=manifest")
+    parser.add_argument("--template", type=Path, required=True, help="Jinja2 template of the page")
+    parser.add_argument("--benchmarks", type=Path, required=True, help="directory of job timings")
+    parser.add_argument("--html", type=Path, required=True, help="page to write")
+    parser.add_argument("--json", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--figures", type=Path, required=True, help="directory of PNG files to write"
+    )
+    arguments = parser.parse_args()
+
+    paths = jobs(arguments)
+    if f"patch_rope.{arguments.trained_rope}" not in paths:
+        raise UserError(f"--rope lacks the trained variant {arguments.trained_rope!r}; add it")
+    manifests = {job: read_stage(path, job) for job, path in paths.items()}
+    hashes = {job: manifest.sha256(path) for job, path in paths.items()}
+    report = assemble(manifests, hashes, arguments.trained_rope)
+    report["timings"] = timings(arguments.benchmarks, list(manifests))
+    with manifest.new_directory(arguments.figures) as directory:
+        images = figures.write(report, directory)
+    manifest.write_json(arguments.json, report)
+    write_text(arguments.html, page(arguments.template, report, images))
+
+
+def named(text: str) -> tuple[str, Path]:
+    """Read a command-line argument of the form NAME=path."""
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=path")
+    return name, Path(path)
+
+
+def jobs(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Return each job's manifest; a job is a stage, or stage.variant, as its log is named."""
+    paths = {stage: getattr(arguments, name) for name, stage in STAGES.items()}
+    paths |= {f"patch_rope.{variant}": path for variant, path in arguments.rope}
+    for stage in INSTRUMENTS:
+        paths |= {f"{stage}.{variant}": path for variant, path in getattr(arguments, stage)}
+    return paths
+
+
+def read_stage(path: Path, job: str) -> dict:
+    """Read a manifest and make sure that it is this job's."""
+    found = manifest.read(path)
+    stage = job.partition(".")[0]
+    if found["stage"] != stage:
+        raise UserError(
+            f"{path} is the manifest of {found['stage']!r}, not of {stage!r}; mend the call"
+        )
+    return found
+
+
+def assemble(manifests: dict[str, dict], hashes: dict[str, str], trained_rope: str) -> dict:
+    """Return report.json, all but the timings, which differ between equal runs."""
+    facts = {job: found["facts"] for job, found in manifests.items()}
+    rope, pack, train = facts[f"patch_rope.{trained_rope}"], facts["pack"], facts["train"]
+    of = {stage: variants(facts, stage) for stage in (*INSTRUMENTS, "patch_rope")}
+    shown = verdict.Figures(
+        original=rope["original_max_position_embeddings"],
+        target=rope["max_position_embeddings"],
+        perplexity=of["perplexity"],
+        passkey={variant: found["grid"] for variant, found in of["passkey"].items()},
+    )
+    links, broken = chain(manifests, hashes, trained_rope)
+    return portable(
+        {
+            "verdict": verdict.judge(shown),
+            "warnings": [
+                *verdict.warnings(shown, pack, train), *broken, *disagreements(manifests),
+            ],
+            "model": model(facts["download_model"], facts["merge"]),
+            "rope": {
+                "trained": trained_rope,
+                "original_length": shown.original,
+                "target_length": shown.target,
+                "factor": rope["factor"],
+                "variants": of["patch_rope"],
+            },
+            "corpus": {
+                key: value for key, value in facts["download_corpus"].items() if key != "ids"
+            } | {"tokens": facts["tokenise"]["tokens"]},
+            "held_out": held_out(facts["tokenise"], shown.perplexity),
+            "mix": mix(pack),
+            "training": train,
+            "perplexity": {
+                variant: {
+                    length: {key: figure[key] for key in ("value", "low", "high")}
+                    for length, figure in found["lengths"].items()
+                }
+                for variant, found in shown.perplexity.items()
+            },
+            "passkey": shown.passkey,
+            "passkey_by_length": {
+                variant: {length: verdict.pooled(depths) for length, depths in grid.items()}
+                for variant, grid in shown.passkey.items()
+            },
+            "settings": settings(manifests),
+            "chain": {"links": links, "broken": len(broken)},
+            "code": code(manifests),
+            "versions": manifests["train"]["versions"],
+        }
+    )  # fmt: skip
+
+
+def variants(facts: dict[str, dict], stage: str) -> dict[str, dict]:
+    """Return the facts of a stage that runs once a variant, by variant."""
+    prefix = f"{stage}."
+    return {job.removeprefix(prefix): facts[job] for job in facts if job.startswith(prefix)}
+
+
+def model(base: dict, merged: dict) -> dict:
+    """Return what the base model is, and the size of what was made of it."""
+    kept = ("source", "revision", "model_type", "trust_remote_code", "bytes")
+    return {key: base[key] for key in kept} | {
+        "merged_bytes": merged["bytes"],
+        "disclosure": base.get("disclosure"),
+    }
+
+
+def held_out(tokens: dict, perplexity: dict[str, dict]) -> list[dict]:
+    """Return the held-out documents, each with its tokens and how many of them were scored."""
+    scored = next(iter(perplexity.values()))["documents"] if perplexity else {}
+    return [
+        {"id": d["id"], "tokens": d["tokens"], "scored": scored.get(d["id"], 0)}
+        for d in tokens["documents"]
+        if d["held_out"]
+    ]
+
+
+def mix(pack: dict) -> dict:
+    """Return the mix with its token balance: in = packed + dropped + unused + held out."""
+    short = sum(pack["short_tokens"].values())
+    return pack | {
+        "short_sequences": pack["sequences"] - pack["long_sequences"],
+        "long_tokens": pack["tokens_packed"] - short,
+        "checked": verdict.balanced(pack),
+    }
+
+
+def settings(manifests: dict[str, dict]) -> dict:
+    """Return every stage's settings; those of the instruments once, without the variant."""
+    found: dict[str, dict] = {}
+    for job, entry in manifests.items():
+        stage, _, variant = job.partition(".")
+        if stage == "patch_rope":
+            found.setdefault(stage, {})[variant] = entry["settings"]
+        else:
+            found[stage] = {k: v for k, v in entry["settings"].items() if k != "variant"}
+    return found
+
+
+def code(manifests: dict[str, dict]) -> dict[str, str]:
+    """Return the hash of each stage's code, this one's too."""
+    found = {job.partition(".")[0]: entry["code"] for job, entry in manifests.items()}
+    return found | {"report": manifest.code_hash(Path(__file__))}
+
+
+def chain(
+    manifests: dict[str, dict], hashes: dict[str, str], trained_rope: str
+) -> tuple[int, list[str]]:
+    """Follow each manifest to the inputs it was made from; return the links and the broken ones.
+
+    A manifest records the SHA-256 of its input manifests. Where that is not the one reported here,
+    the two come from different runs, and a sentence says so.
+    """
+    links, broken = 0, []
+    for job, found in manifests.items():
+        for name, recorded in found["inputs"].items():
+            source = source_of(job, name, trained_rope)
+            if source not in hashes:
+                continue
+            links += 1
+            if recorded != hashes[source]:
+                broken.append(f"{job} was made from another {source} than the one reported here.")
+    return links, broken
+
+
+def source_of(job: str, name: str, trained_rope: str) -> str:
+    """Return the job whose manifest another job takes as its input ``name``."""
+    stage, _, variant = job.partition(".")
+    untrained = stage in INSTRUMENTS and variant != "trained"
+    if name == "rope":
+        return f"patch_rope.{variant if untrained else trained_rope}"
+    if name == "model":
+        return "download_model" if untrained else "merge"
+    return STAGES[name]
+
+
+def disagreements(manifests: dict[str, dict]) -> list[str]:
+    """Return a sentence for each library, code or setting that differs where it should be the same."""
+    found = []
+    for library, version in manifests["train"]["versions"].items():
+        others = {
+            job: entry["versions"].get(library)
+            for job, entry in manifests.items()
+            if entry["versions"].get(library) != version
+        }
+        for job, other in list(others.items())[:1]:
+            more = f" and {len(others) - 1} more jobs" if len(others) > 1 else ""
+            found.append(f"{job}{more} ran with {library} {other}, training with {version}.")
+    for stage in (*INSTRUMENTS, "patch_rope"):
+        entries = {job: m for job, m in manifests.items() if job.partition(".")[0] == stage}
+        if len({entry["code"] for entry in entries.values()}) > 1:
+            found.append(f"The variants of {stage} were not made by the same code.")
+        kept = [
+            {k: v for k, v in entry["settings"].items() if k != "variant"}
+            for entry in entries.values()
+        ]
+        if stage in INSTRUMENTS and any(one != kept[0] for one in kept):
+            found.append(f"The variants of {stage} were not evaluated with the same settings.")
+    return found
+
+
+def timings(directory: Path, names: list[str]) -> dict[str, dict]:
+    """Return each job's seconds and peak memory in MB from Snakemake's benchmarks, where there are.
+
+    A job that went on after a stop has the figures of its last attempt.
+    """
+    found = {}
+    for job in names:
+        path = directory / f"{job}.tsv"
+        if not path.is_file():
+            continue
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        if rows and (seconds := number(rows[-1].get("s"))) is not None:
+            found[job] = {"seconds": seconds, "peak_memory_mb": number(rows[-1].get("max_rss"))}
+    return found
+
+
+def number(text: str | None) -> float | None:
+    """Read a figure of a benchmark; a job too short to be sampled has none."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def portable(value: object) -> object:
+    """Return a copy in which a path of this machine is its last part only."""
+    if isinstance(value, dict):
+        return {key: portable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(one) for one in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return Path(value).name
+    return value
+
+
+def page(template: Path, report: dict, images: dict) -> str:
+    """Return the page: the template filled with the report and its figures."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "count": lambda value: f"{value:,}",
+        "figure": verdict.significant,
+        "percent": lambda share: verdict.percent(share).replace(" ", "\N{NO-BREAK SPACE}"),
+        "plain": lambda value: f"{value:,.6g}",
+        "range": lambda figure, words=verdict.significant: (
+            verdict.between(figure["low"], figure["high"], words)
+            .replace(" to ", "–")
+            .replace(" %", "\N{NO-BREAK SPACE}%")
+        ),
+        "prose": lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%"),
+        "duration": duration,
+        "size": size,
+    }
+    try:
+        filled = environment.from_string(template.read_text(encoding="utf-8"))
+        return filled.render(
+            report=report,
+            images={
+                name: {key: Markup(one) for key, one in image.items()}
+                if isinstance(image, dict)
+                else Markup(image)
+                for name, image in images.items()
+            },
+            percent=verdict.percent,
+            light=figures.LIGHT,
+            dark=figures.DARK,
+        )
+    except (jinja2.TemplateError, OSError) as error:
+        raise UserError(f"the template {template} cannot be filled ({error}); mend it") from error
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as a person says them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min"
+
+
+def size(count: int) -> str:
+    """Write bytes in the unit that suits them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    program(main)()

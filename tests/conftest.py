@@ -1,0 +1,105 @@
+"""What the suites share: the scripts' modules on the path, a copy of the repository to run in."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+# What a run reads; a copy of these is a working directory of its own.
+PARTS = (
+    "Snakefile",
+    "config.yaml",
+    "rules",
+    "scripts",
+    "schemas",
+    "resources",
+    "profiles",
+    "tests",
+)
+
+
+class Workspace:
+    """A copy of the repository in which Snakemake runs, sharing the cache of downloads."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for part in PARTS:
+            if (ROOT / part).is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / part, directory / part, ignore=ignored)
+            else:
+                shutil.copy(ROOT / part, directory / part)
+        (directory / ".cache").symlink_to(ROOT / ".cache", target_is_directory=True)
+
+    def snakemake(self, *arguments: str, overrides: dict | None = None, check: bool = True):
+        """Run Snakemake with the test configuration and, layered on it, ``overrides``."""
+        files = ["tests/config.yaml"]
+        if overrides:
+            (self.directory / "overrides.yaml").write_text(json.dumps(overrides))
+            files.append("overrides.yaml")
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", *files, "--"]
+        command[3:3] = [a for a in arguments if a.startswith("-")]
+        command += [a for a in arguments if not a.startswith("-")]
+        return self.run(command, check=check)
+
+    def run(self, command: list, check: bool = True):
+        """Run a command here, with the environment's programs first on the path."""
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=self.directory,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(map(str, command))}\n{done.stdout[-6000:]}")
+        return done
+
+    def planned(self, overrides: dict | None = None, *arguments: str) -> dict[str, int]:
+        """Return which rules a dry run would run, and how many jobs of each, without `all`."""
+        text = self.snakemake("-n", *arguments, overrides=overrides).stdout
+        table = re.search(r"^job +count\n-+ +-+\n(.*?)^total", text, re.S | re.M)
+        if not table:
+            assert "Nothing to be done" in text, text
+            return {}
+        jobs = {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table[1], re.M)}
+        jobs.pop("all", None)
+        return jobs
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    """A copy of the repository, nothing run."""
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    return Workspace(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Workspace:
+    """A copy of the repository in which the test configuration ran to the end; do not change it."""
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    workspace = Workspace(tmp_path_factory.mktemp("finished"))
+    workspace.snakemake()
+    return workspace
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path) -> Workspace:
+    """A copy of the finished run that a test may change; times and Snakemake's records are kept."""
+    shutil.copytree(finished.directory, tmp_path / "copy", symlinks=True)
+    workspace = object.__new__(Workspace)
+    workspace.directory = tmp_path / "copy"
+    return workspace

@@ -1,0 +1,143 @@
+"""The merge: logits of base + adapter, from one file or from shards, and a model that loads alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from longyarn import manifest, models
+
+IDS = torch.arange(200)[None] % 97
+
+
+def test_merged_logits_equal_base_plus_adapter(finished):
+    run = finished.directory / "results" / "tests"
+    base = models.load_model(run / "base", run / "rope/yarn.json", dtype="fp32", attention="sdpa")
+    with torch.no_grad():
+        untrained = base(IDS).logits
+        adapted = PeftModel.from_pretrained(base, run / "trained").eval()(IDS).logits
+        merged = AutoModelForCausalLM.from_pretrained(run / "merged")(IDS).logits
+    assert merged.dtype == torch.float32
+    assert (merged - adapted).abs().max() <= 1e-4
+    assert (merged - untrained).abs().max() > 1e-3  # the adapter does something
+
+
+def test_merged_directory_loads_alone_and_carries_its_rope(finished):
+    run = finished.directory / "results" / "tests"
+    facts = manifest.read(run / "rope/yarn.json")["facts"]
+    model = AutoModelForCausalLM.from_pretrained(run / "merged")
+    assert model.config.rope_parameters == facts["rope_parameters"]
+    assert model.config.max_position_embeddings == 1024
+    models.check_rotation(model, facts)
+    tokenizer = AutoTokenizer.from_pretrained(run / "merged")
+    assert tokenizer.model_max_length == 1024
+    with open(run / "merged/model.safetensors", "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        assert "format" in json.loads(file.read(size))["__metadata__"]
+
+
+def small_base(directory, tied):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, num_attention_heads=2, num_hidden_layers=3,
+        intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory / "base", max_shard_size="20KB")
+    write_manifest(directory, "base", {"trust_remote_code": False, "source": "x", "revision": None})
+    settings = {"method": "linear", "target_length": 128, "write_config": True}
+    command = [sys.executable, ROOT / "scripts/patch_rope.py", "--base", directory / "base.json"]
+    command += ["--settings", json.dumps(settings), "--manifest", directory / "rope.json"]
+    subprocess.run([*command, "--output", directory / "rope"], check=True)
+
+
+def write_manifest(directory, name, facts):
+    files = sorted((directory / name).iterdir())
+    manifest.write(
+        directory / f"{name}.json",
+        script=ROOT / "scripts" / "merge.py",
+        settings={},
+        inputs={},
+        files=files,
+        facts={"directory": name, "bytes": sum(f.stat().st_size for f in files)} | facts,
+    )
+
+
+def adapt(directory, **settings):
+    """Save an adapter with random weights and return the adapted model's logits."""
+    base = models.load_model(
+        directory / "base", directory / "rope.json", dtype="fp32", attention="sdpa"
+    )
+    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", **settings))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            change = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data + change
+    adapted.save_pretrained(directory / "trained")
+    write_manifest(directory, "trained", {"mode": "lora"})
+    with torch.no_grad():
+        return adapted.eval()(IDS).logits
+
+
+def merge(directory):
+    command = [sys.executable, ROOT / "scripts/merge.py", "--threads", "1"]
+    for name in ("base", "rope"):
+        command += [f"--{name}", directory / f"{name}.json"]
+    command += ["--train", directory / "trained.json", "--manifest", directory / "merged.json"]
+    command += ["--output", directory / "merged"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("tied", "settings"),
+    [
+        (True, {"r": 4, "lora_alpha": 8}),
+        (False, {"r": 4, "lora_alpha": 8, "use_rslora": True}),
+        (False, {"r": 2, "lora_alpha": 1, "modules_to_save": ["embed_tokens", "norm", "lm_head"]}),
+        (True, {"r": 2, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ],
+)
+def test_shards_and_kinds_of_adapters(tmp_path, tied, settings):
+    small_base(tmp_path, tied)
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    expected = adapt(tmp_path, **settings)
+    done = merge(tmp_path)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
+    assert (merged - expected).abs().max() <= 1e-4
+    names = {file.name for file in (tmp_path / "base").iterdir()}
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == names
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    small_base(tmp_path, True)
+    adapt(tmp_path, r=4)
+    from safetensors.torch import save_file
+
+    path = tmp_path / "trained" / "adapter_model.safetensors"
+    renamed = {k.replace("layers.2", "layers.7"): v for k, v in load_file(path).items()}
+    save_file(renamed, path)
+    write_manifest(tmp_path, "trained", {"mode": "lora"})
+    done = merge(tmp_path)
+    assert done.returncode == 1
+    assert "it was trained on another model" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.json").exists()
+
+
+def test_the_delta_is_added_in_float32():
+    """A bfloat16 base keeps the float32 sum's rounding, not that of a bfloat16 delta."""
+    from merge import add_delta
+
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64).bfloat16()
+    a, b = torch.randn(8, 64), torch.randn(64, 8)
+    exact = (weight.double() + 0.01 * (b.double() @ a.double())).bfloat16()
+    assert torch.equal(add_delta(a, b, 0.01)(weight), exact)

@@ -1,0 +1,166 @@
+"""Which rules run after which change, over the real DAG of a finished run.
+
+The table is the promise: when you change the evaluation, only the evaluation reruns.
+"""
+
+import re
+import shutil
+
+import pytest
+from conftest import ROOT
+
+from longyarn import manifest
+
+EVALUATIONS = {"perplexity": 3, "passkey": 3}
+REPORT = {"report": 1}
+# What depends on the training sequences. Untrained variants do not.
+FROM_PACK = {"pack": 1, "train": 1, "merge": 1, "perplexity": 1, "passkey": 1} | REPORT
+FROM_TRAIN = {"train": 1, "merge": 1, "perplexity": 1, "passkey": 1} | REPORT
+ALL = {"download_model": 1, "patch_rope": 2, "tokenise": 1} | FROM_PACK | EVALUATIONS
+
+CHANGES = {
+    "nothing": ({}, {}),
+    "evaluation length": (
+        {"evaluation": {"perplexity": {"lengths": [256, 512, 1024]}}},
+        {"perplexity": 3} | REPORT,
+    ),
+    "passkey trials": ({"evaluation": {"passkey": {"trials": 3}}}, {"passkey": 3} | REPORT),
+    "learning rate": ({"training": {"learning_rate": 2.0e-3}}, FROM_TRAIN),
+    "long share": ({"mix": {"long_share": 0.5}}, FROM_PACK),
+    "corpus seed": ({"mix": {"seed": 1}}, FROM_PACK),
+    # The untouched base, the tokens and the downloads do not depend on the target.
+    "target length": (
+        {"rope": {"target_length": 2048}},
+        {"patch_rope": 1} | FROM_PACK | {"perplexity": 2, "passkey": 2},
+    ),
+    "YaRN's ramp": (
+        {"rope": {"beta_fast": 16}},
+        {"patch_rope": 1} | FROM_PACK | {"perplexity": 2, "passkey": 2},
+    ),
+    "a variant more": (
+        {"evaluation": {"variants": ["base", "yarn", "trained", "ntk"]}},
+        {"patch_rope": 1, "perplexity": 1, "passkey": 1} | REPORT,
+    ),
+    "held-out documents": (
+        {"corpus": {"held_out": ["shakespeare/hamlet"]}},
+        {"tokenise": 1, "perplexity": 3} | FROM_PACK | {"perplexity": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_setting_reruns_exactly_what_depends_on_it(finished, change):
+    overrides, expected = CHANGES[change]
+    assert finished.planned(overrides) == expected
+
+
+# A change of code that does something, at the end of a file.
+EDIT = "\n\nADDED = 1\n"
+SCRIPTS = {
+    "report": REPORT,
+    "perplexity": {"perplexity": 3} | REPORT,
+    "passkey": {"passkey": 3} | REPORT,
+    "longyarn/statistics": EVALUATIONS | REPORT,
+    "longyarn/evaluation": EVALUATIONS | REPORT,
+    "merge": {"merge": 1, "perplexity": 1, "passkey": 1} | REPORT,
+    "train": FROM_TRAIN,
+    "longyarn/guards": FROM_TRAIN,
+    "pack": FROM_PACK,
+    "tokenise": {"tokenise": 1} | FROM_PACK | {"perplexity": 3},
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_edited_script_reruns_its_stage_and_what_follows(finished_copy, script):
+    path = finished_copy.directory / "scripts" / f"{script}.py"
+    path.write_text(path.read_text() + EDIT)
+    planned = finished_copy.planned()
+    if script == "longyarn/statistics":
+        # The report may show intervals of its own; it is in the plan either way.
+        assert "train" not in planned
+    assert planned == SCRIPTS[script]
+
+
+def test_comments_docstrings_and_touching_change_nothing(finished_copy):
+    for path in (finished_copy.directory / "scripts").rglob("*.py"):
+        text = path.read_text()
+        assert text.startswith('"""'), path
+        path.write_text("# A comment.\n" + text.replace('"""', '"""Changed. ', 1))
+    config = finished_copy.directory / "config.yaml"
+    config.write_text("# A comment.\n" + config.read_text())
+    assert finished_copy.planned() == {}
+
+
+def test_a_changed_base_model_reruns_what_is_made_from_it(finished_copy):
+    card = finished_copy.directory / "resources/micro-base/config.json"
+    card.write_text(card.read_text().replace("512", " 512"))
+    assert finished_copy.planned() == ALL
+
+
+def test_accepting_a_change_of_code(finished_copy):
+    """docs/reruns.md: `make accept`, which is this command."""
+    path = finished_copy.directory / "scripts/longyarn/manifest.py"
+    path.write_text(path.read_text() + EDIT)
+    assert "train" in finished_copy.planned()
+    finished_copy.snakemake("--touch")
+    assert finished_copy.planned() == {}
+    # It accepts that change, not the next one.
+    path.write_text(path.read_text() + EDIT.replace("ADDED", "MORE"))
+    assert "train" in finished_copy.planned()
+
+
+def purge(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("purged", ["base", "base/model.safetensors", "tokens/tokens.safetensors"])
+def test_a_purged_payload_is_rebuilt_when_it_is_needed(finished_copy, purged):
+    run = finished_copy.directory / "results" / "tests"
+    purge(run / purged)
+    overrides = {"evaluation": {"variants": ["base"], "passkey": {"trials": 1}}}
+    target = "results/tests/passkey/base.json"
+    if purged.startswith("tokens"):
+        overrides = {"evaluation": {"perplexity": {"lengths": [256, 512]}}}
+        target = "results/tests/perplexity/base.json"
+    done = finished_copy.snakemake(target, overrides=overrides)
+    assert (run / purged).exists()
+    rebuilt = "tokenise" if purged.startswith("tokens") else "download_model"
+    assert re.search(rf"rule {rebuilt}:", done.stdout)
+    assert manifest.read(finished_copy.directory / target)["facts"]
+
+
+@pytest.mark.parametrize("purged", ["merged", "merged/model.safetensors"])
+def test_the_merged_model_is_a_product_and_is_rebuilt_at_once(finished_copy, purged):
+    purge(finished_copy.directory / "results/tests" / purged)
+    assert finished_copy.planned() == {"merge": 1, "perplexity": 1, "passkey": 1} | REPORT
+
+
+def test_purged_scratch_alone_schedules_nothing(finished_copy):
+    for name in ("base", "corpus", "tokens", "pack"):
+        purge(finished_copy.directory / "results/tests" / name)
+    shutil.rmtree(finished_copy.directory / "work")
+    assert finished_copy.planned() == {}
+
+
+def test_manifests_chain_and_hold_no_time_host_or_path(finished):
+    run = finished.directory / "results" / "tests"
+    record = manifest.read(run / "merged.json")
+    for name, source in (("base", "base"), ("rope", "rope/yarn"), ("train", "trained")):
+        assert record["inputs"][name] == manifest.sha256(run / f"{source}.json")
+    for path in [*run.glob("*.json"), *run.glob("*/*.json")]:
+        text = path.read_text()
+        assert str(finished.directory) not in text, path
+        assert str(ROOT) not in text, path
+    for name, entry in record["files"].items():
+        assert manifest.sha256(run / name) == entry["sha256"]
+
+
+def test_every_stage_has_one_name():
+    stages = {path.stem for path in (ROOT / "rules").glob("*.smk")} - {"common"}
+    for stage in stages:
+        assert (ROOT / "scripts" / f"{stage}.py").is_file(), stage
+        assert (ROOT / "tests" / f"test_{stage}.py").is_file(), stage
+        assert f"rule {stage}:" in (ROOT / "rules" / f"{stage}.smk").read_text()
