@@ -86,9 +86,9 @@ def variant_inputs(wildcards):
 
 def print_verdict():
     """Say at the end of a run where the report is and what it found."""
-    report = Path(RUN) / "report.json"
-    if report.is_file():
-        verdict = json.loads(report.read_text(encoding="utf-8"))["verdict"]["sentence"]
+    written = Path(RUN) / "report.json"
+    if written.is_file():
+        verdict = json.loads(written.read_text(encoding="utf-8"))["verdict"]["sentence"]
         print(f"\n{verdict}\nThe report: {Path(RUN) / 'report.html'}", file=sys.stderr)
 
 

@@ -37,6 +37,6 @@ rule report:
         " --tokens {input.tokens} --pack {input.pack} --train {input.train} --merge {input.merge}"
         " --rope {params.rope:q} --trained-rope {params.trained_rope}"
         " --perplexity {params.perplexity:q} --passkey {params.passkey:q}"
-        " --disclosure {params.disclosure:q} --template {input.template}"
+        " --disclosure={params.disclosure:q} --template {input.template}"
         " --benchmarks {params.benchmarks:q} --html {output.html} --json {output.json}"
         " --figures {output.figures} 2>&1 | tee {log}"

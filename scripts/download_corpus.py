@@ -113,10 +113,11 @@ def download(package: dict) -> tuple[str, bytes]:
             ignore_compatibility=True,
         )
         matches = finder.find_matches(requirement)
+        wanted = package["sha256"]
         pinned = [
             match.link
             for match in matches
-            if (match.link.hashes or {}).get("sha256", package["sha256"]) == package["sha256"]
+            if wanted in (match.link.hash_option or {}).get("sha256", [wanted])
         ]
         if not pinned:
             found = "no archive with the pinned sha256" if matches else "no such version"

@@ -47,7 +47,7 @@ def main() -> None:
             for file in sorted(trained.iterdir()):
                 shutil.copyfile(file, directory / file.name)
         copy_rest(source, directory, rope)
-    files = sorted(arguments.output.iterdir())
+    files = sorted(arguments.output.glob("[!.]*"))
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
@@ -160,7 +160,7 @@ def copy_rest(source: Path, directory: Path, rope: dict) -> None:
     """Copy tokenizer and settings beside the weights and write the config with its RoPE."""
     from longyarn.rope import patched_config
 
-    for file in sorted(source.iterdir()):
+    for file in sorted(source.glob("[!.]*")):
         if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, directory / file.name)
     config = manifest.read_json(source / "config.json")

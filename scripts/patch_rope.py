@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from longyarn import manifest, models, rope
-from longyarn.cli import UserError, program
+from longyarn.cli import UserError, first_line, program
 
 
 def main() -> None:
@@ -83,15 +83,15 @@ def main() -> None:
 
 def read_base(model_directory: Path, trust_remote_code: bool):
     """Return the base model's configuration; legacy ``rope_scaling`` arrives in today's form."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise UserError(
-            f"{model_directory}/config.json is not one that transformers reads ({reason}); mend it or "
-            "choose another model"
+            f"{model_directory}/config.json is not one that transformers reads ({first_line(error)}); "
+            "mend it or choose another model"
         ) from None
     if not getattr(config, "rope_parameters", None):
         raise UserError(

@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--trained-rope", required=True, help="variant that training started from")
     for name in INSTRUMENTS:
         parser.add_argument(f"--{name}", type=named, nargs="*", default=[], help="variant=manifest")
+    parser.add_argument(
+        "--disclosure", default="", help="what the base has in common with the tests"
+    )
     parser.add_argument("--template", type=Path, required=True, help="Jinja2 template of the page")
     parser.add_argument("--benchmarks", type=Path, required=True, help="directory of job timings")
     parser.add_argument("--html", type=Path, required=True, help="page to write")
@@ -43,6 +46,7 @@ def main() -> None:
     manifests = {job: read_stage(path, job) for job, path in paths.items()}
     hashes = {job: manifest.sha256(path) for job, path in paths.items()}
     report = assemble(manifests, hashes, arguments.trained_rope)
+    report["model"]["disclosure"] = arguments.disclosure or None
     report["timings"] = timings(arguments.benchmarks, list(manifests))
     with manifest.new_directory(arguments.figures) as directory:
         images = figures.write(report, directory)
@@ -139,10 +143,7 @@ def variants(facts: dict[str, dict], stage: str) -> dict[str, dict]:
 def model(base: dict, merged: dict) -> dict:
     """Return what the base model is, and the size of what was made of it."""
     kept = ("source", "revision", "model_type", "trust_remote_code", "bytes")
-    return {key: base[key] for key in kept} | {
-        "merged_bytes": merged["bytes"],
-        "disclosure": base.get("disclosure"),
-    }
+    return {key: base[key] for key in kept} | {"merged_bytes": merged["bytes"]}
 
 
 def held_out(tokens: dict, perplexity: dict[str, dict]) -> list[dict]:

@@ -250,7 +250,7 @@ def hub():
     handler.files["model.bin"] = b"not wanted"
     handler.promised = manifest.sha256(MICRO_BASE / "model.safetensors")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     handler.address = f"http://127.0.0.1:{server.server_port}"
     yield handler
     server.shutdown()

@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from longyarn import figures, manifest, statistics, verdict
 from longyarn.cli import UserError
 
@@ -198,7 +200,7 @@ def test_warnings_about_the_evaluation():
 
 def test_labels_are_spread_but_stay_in_order():
     places = figures.spread([0.1, 0.11, 0.12, 0.9], 0.1)
-    gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(places)]
     assert min(gaps) >= 0.1 - 1e-9 and places[-1] == 0.9
     assert sum(places[:3]) / 3 == pytest.approx(0.11)
 
@@ -213,7 +215,7 @@ class Run:
         self.root, self.variants = root, variants
         self.write("base", "download_model", {
             "directory": "base", "source": "/models/tiny", "revision": None, "bytes": 10,
-            "trust_remote_code": False, "model_type": "llama", "disclosure": "Bred on <keys>.",
+            "trust_remote_code": False, "model_type": "llama",
         }, {"source": "/models/tiny", "revision": None})  # fmt: skip
         self.write("corpus", "download_corpus", {"documents": 7, "characters": 70, "ids": ["x"]})
         plain = [1 / 10000 ** (i / 8) for i in range(8)]
@@ -284,7 +286,12 @@ class Run:
         for stage in ("perplexity", "passkey"):
             command += [f"--{stage}", *(f"{v}={self.root}/{stage}/{v}.json" for v in self.variants)]
         command += ["--trained-rope", "yarn", "--benchmarks", self.root / "benchmarks"]
-        command += ["--template", ROOT / "resources" / "report.html.jinja"]
+        command += [
+            "--disclosure",
+            "Bred on <keys>.",
+            "--template",
+            ROOT / "resources" / "report.html.jinja",
+        ]
         command += ["--html", out / "report.html", "--json", out / "report.json"]
         command += ["--figures", out / "figures"]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)

@@ -24,7 +24,7 @@ LIGHT = {
 }  # fmt: skip
 DARK = LIGHT | {
     "paper": "#14181c", "ink": "#e8ebee", "muted": "#9aa5b0", "grid": "#2c343c", "idle": "#4a5560",
-    "base": "#a3adb8", "trained": "#3d9ddb",
+    "base": "#a3adb8", "trained": "#3d9ddb", "sky": "#a6d9f5",
 }  # fmt: skip
 
 MARKERS = {"base": "o", "linear": "v", "ntk": "^", "yarn": "D", "trained": "s"}
@@ -319,7 +319,7 @@ def mix(report: dict) -> Figure:
         (name, count, colour)
         for (name, count), colour in zip(facts["short_tokens"].items(), ("sky", "ntk"), strict=True)
     ]
-    figure = Figure(figsize=(WIDTH * 1.3, 2.6))
+    figure = Figure(figsize=(WIDTH, 3))
     figure.get_layout_engine().set(hspace=0.16)
     upper, lower = figure.subplots(2, 1)
     bar(upper, "the corpus", corpus)
@@ -339,7 +339,7 @@ def bar(axes, title: str, parts: list[tuple[str, int, str]]) -> None:
     axes.set_axis_off()
     axes.set_title(f"{title}, {total:,} tokens", loc="left")
     axes.legend(
-        loc="upper left", bbox_to_anchor=(0, -0.08), ncols=len(parts), frameon=False, borderpad=0,
+        loc="upper left", bbox_to_anchor=(0, -0.08), ncols=2, frameon=False, borderpad=0,
         handlelength=1, handleheight=1, handletextpad=0.5, columnspacing=1.6, borderaxespad=0,
     )  # fmt: skip
 

@@ -108,13 +108,21 @@ def check_parameters(parameters: dict) -> None:
     if kind not in KNOWN_PARAMETERS:
         raise UserError(
             f"the model's rope_type {kind!r} is not one that Longyarn knows "
-            f"({', '.join(KNOWN_PARAMETERS)})"
+            f"({', '.join(KNOWN_PARAMETERS)}); choose a model with one of these"
         )
     unknown = sorted(set(parameters) - KNOWN_PARAMETERS[kind] - {"type"})
     if unknown:
         raise UserError(
             f"rope_parameters of type {kind!r} has the unknown key {unknown[0]!r}; known are "
             f"{', '.join(sorted(KNOWN_PARAMETERS[kind]))}"
+        )
+    words = sorted(
+        key for key in set(parameters) - {"rope_type", "type"} if isinstance(parameters[key], str)
+    )
+    if words:
+        raise UserError(
+            f"rope_parameters has {words[0]} {parameters[words[0]]!r}, which is text; write a number in "
+            "the model's config.json"
         )
     needed = {"linear": {"factor"}, "yarn": {"factor", "original_max_position_embeddings"}}
     missing = sorted(({"rope_theta"} | needed.get(kind, set())) - set(parameters))

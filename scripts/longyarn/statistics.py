@@ -31,4 +31,6 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     spread = z / (1 + z * z / trials)
     spread *= math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - spread), min(1.0, centre + spread)
+    low = 0.0 if successes == 0 else centre - spread  # exactly, where rounding would leave a residue
+    high = 1.0 if successes == trials else centre + spread
+    return low, high
