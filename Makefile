@@ -3,14 +3,16 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 CORES ?= 2
+CONFIG ?=
 TORCH_INDEX_URL ?=
+LAYERED := $(if $(CONFIG),--configfile $(CONFIG))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
 .PHONY: run setup setup-dev test lint bench micro-base lock accept clean
 
 run: setup
-	snakemake --cores $(CORES)
+	snakemake --cores $(CORES) $(LAYERED)
 
 setup: $(VENV)/.run
 setup-dev: $(VENV)/.dev
@@ -58,7 +60,7 @@ lock: setup-dev
 
 # Declare that changed code makes no difference to results; docs/reruns.md says when that is right.
 accept: setup
-	snakemake --touch --cores 1
+	snakemake --touch --cores 1 $(LAYERED)
 
 clean:
 	rm -rf results work .snakemake

@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
+from download_model import WANTED
 from longyarn import manifest
 from longyarn.cli import UserError
 from longyarn.config import complete
@@ -55,7 +56,7 @@ def by_name(directory, names):
 def local_model_files(wildcards):
     """Return the files of a local source, so that a changed model is noticed; none for the hub."""
     source = Path(config["model"]["source"]).expanduser()
-    return sorted(str(file) for file in source.glob("*") if file.is_file())
+    return sorted({str(file) for pattern in WANTED for file in source.glob(pattern)})
 
 
 def rope_settings(wildcards):

@@ -11,6 +11,8 @@ rule passkey:
     benchmark:
         f"{RUN}/benchmarks/passkey.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
+    resources:
+        gpu=min(1, config["training"]["gpus"]),
     params:
         code=code("passkey"),
         precision=config["evaluation"]["precision"],

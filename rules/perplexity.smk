@@ -13,6 +13,8 @@ rule perplexity:
     benchmark:
         f"{RUN}/benchmarks/perplexity.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
+    resources:
+        gpu=min(1, config["training"]["gpus"]),
     params:
         code=code("perplexity"),
         precision=config["evaluation"]["precision"],

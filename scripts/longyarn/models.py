@@ -66,14 +66,29 @@ def load_model(
         check_config(config, facts, model_directory)
     else:
         config = load_config(model_directory, rope_path, trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_directory,
-        config=config,
-        dtype=torch_dtype(dtype),
-        attn_implementation=attention,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-    )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_directory,
+            config=config,
+            dtype=torch_dtype(dtype),
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"the tensors in {model_directory} do not have the shapes that its config.json says; "
+            "model.source mixes files of two models, so restore them"
+        ) from None
+    if loading["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise UserError(
+            f"{model_directory} lacks the tensor {min(loading['missing_keys'])}; restore the files of "
+            "model.source"
+        )
     check_rotation(model, facts)
     return model
 

@@ -1,0 +1,90 @@
+"""The micro base model that we ship: small, honest about its window, and good within it."""
+
+import json
+import math
+
+import micro_base
+import numpy as np
+import passkey
+import perplexity
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from longyarn import manifest
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BASE = ROOT / "resources" / "micro-base"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(BASE).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+def test_it_is_a_small_plain_llama_of_safetensors():
+    files = list(BASE.iterdir())
+    assert sum(file.stat().st_size for file in files) <= 10e6
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".py")]
+    config = json.loads((BASE / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["max_position_embeddings"] == micro_base.WINDOW == 512
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_digits_are_single_tokens(tokenizer):
+    tokens = tokenizer.tokenize(" 90210")
+    assert [token for token in tokens if token.strip("Ġ")] == ["9", "0", "2", "1", "0"]
+
+
+def test_it_was_trained_without_the_held_out_books():
+    record = json.loads((BASE / "training.json").read_text())
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    assert sorted(record["held_out"]) == sorted(config["corpus"]["held_out"])
+    card = (BASE / "README.md").read_text()
+    for name in config["corpus"]["held_out"]:
+        assert name in card
+
+
+def test_it_retrieves_within_its_window(model, tokenizer):
+    found = []
+    for length in (128, 256, 512):
+        for depth in (0.1, 0.5, 0.9):
+            keys = passkey.draw_keys(8, 5, 1, length, depth)
+            prompts = [passkey.prompt(tokenizer, key, length, depth) for key in keys]
+            for batch in passkey.batches(prompts):
+                found += passkey.retrieved(model, batch)
+    assert sum(found) >= 0.95 * len(found)
+
+
+def test_its_perplexity_rises_past_its_window(model, finished):
+    run = finished.directory / "results" / "tests"
+    tokens = manifest.read(run / "tokens.json")
+    held_out = perplexity.held_out_documents(tokens, load_file(run / "tokens/tokens.safetensors"))
+    ids = held_out["shakespeare/tempest"][:8192]
+    scored = perplexity.scored_everywhere(len(ids), [512, 4096], None)
+    short, long = (
+        math.exp(np.mean(perplexity.token_losses(model, ids, length, None)[scored]))
+        for length in (512, 4096)
+    )
+    assert short < 80
+    assert long > 1.4 * short
+
+
+def test_the_exercises_never_pass_the_window(tokenizer):
+    assert max(length for stage in micro_base.STAGES for length in stage.lengths) <= 512
+
+
+def test_training_it_is_deterministic_in_its_start(tokenizer):
+    torch.manual_seed(0)
+    first = micro_base.build_model(tokenizer)
+    torch.manual_seed(0)
+    second = micro_base.build_model(tokenizer)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
