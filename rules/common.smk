@@ -21,7 +21,9 @@ except UserError as error:
 RUN = f"{config['paths']['results']}/{config['run']}"
 
 # The RoPE variant that training starts from, and those that are evaluated untrained.
-TRAINED_ROPE = "base" if config["rope"]["method"] == "none" else config["rope"]["method"]
+TRAINED_ROPE = (
+    "base" if config["rope"]["method"] == "none" else config["rope"]["method"]
+)
 VARIANTS = config["evaluation"]["variants"]
 
 
@@ -62,7 +64,9 @@ def local_model_files(wildcards):
 def rope_settings(wildcards):
     """Return the config keys that a variant depends on; the untouched base depends on none."""
     if wildcards.variant == "base":
-        return as_json({"method": "none", "write_config": config["rope"]["write_config"]})
+        return as_json(
+            {"method": "none", "write_config": config["rope"]["write_config"]}
+        )
     settings = dict(config["rope"]) | {"method": wildcards.variant}
     if wildcards.variant != "yarn":
         for key in ("beta_fast", "beta_slow", "attention_factor"):
@@ -98,4 +102,6 @@ if workflow.is_main_process:
     for note in manifest.set_aside_incomplete(
         path for path in Path(RUN).rglob("*.json") if path.with_suffix("").is_dir()
     ):
-        print(f"{note}; the stage will be made anew where it is needed", file=sys.stderr)
+        print(
+            f"{note}; the stage will be made anew where it is needed", file=sys.stderr
+        )

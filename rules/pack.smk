@@ -17,7 +17,11 @@ rule pack:
         code=code("pack"),
         long_share=config["mix"]["long_share"],
         budget=unless_null("--token-budget", config["mix"]["token_budget"]),
-        masks="--document-masks" if config["mix"]["document_masks"] else "--no-document-masks",
+        masks=(
+            "--document-masks"
+            if config["mix"]["document_masks"]
+            else "--no-document-masks"
+        ),
         seed=config["mix"]["seed"],
     shell:
         "python scripts/pack.py --tokens {input.tokens} --rope {input.rope}"

@@ -13,6 +13,7 @@ rule train:
         rope_files=ancient(f"{RUN}/rope/{TRAINED_ROPE}"),
         pack=f"{RUN}/pack.json",
         sequences=ancient(f"{RUN}/pack"),
+        checked=ancient(f"{RUN}/evaluation.json"),
     output:
         manifest=f"{RUN}/trained.json",
         payload=directory(f"{RUN}/trained"),
@@ -20,7 +21,7 @@ rule train:
         f"{RUN}/logs/train.log",
     benchmark:
         f"{RUN}/benchmarks/train.tsv"
-    priority: 10 # the longest job: start it before the evaluations that can wait
+    priority: 10  # the longest job: start it before the evaluations that can wait
     threads: config["training"]["threads"]
     resources:
         gpu=config["training"]["gpus"],
@@ -30,7 +31,7 @@ rule train:
         processes=max(1, config["training"]["gpus"]),
         work=config["paths"]["work"],
     shell:
-        "torchrun --standalone --nproc-per-node {params.processes} scripts/train.py"
+        "python scripts/launch.py --standalone --nproc-per-node {params.processes} scripts/train.py"
         " --base {input.base} --rope {input.rope} --pack {input.pack} --settings {params.settings}"
         " --work {params.work:q} --manifest {output.manifest} --output {output.payload}"
         " 2>&1 | tee {log}"

@@ -31,12 +31,12 @@ def main() -> None:
     documents = held_out_documents(
         tokens, load_file(arguments.tokens.parent / next(iter(tokens["files"])))
     )
-    texts, too_short = take(documents, max(arguments.lengths), arguments.tokens_per_document)
-    if not texts:
-        raise UserError(
-            f"no held-out document has {max(arguments.lengths)} tokens; hold out longer ones "
-            "(corpus.held_out) or lower evaluation.perplexity.lengths"
-        )
+    kept, too_short = whole_windows(
+        {name: len(ids) for name, ids in documents.items()},
+        max(arguments.lengths),
+        arguments.tokens_per_document,
+    )
+    texts = {name: documents[name][:length] for name, length in kept.items()}
     for name in too_short:
         print(f"perplexity: {name} is too short and left out", file=sys.stderr)
     model = evaluation.load(arguments)
@@ -83,18 +83,22 @@ def held_out_documents(tokens: dict, stored: dict) -> dict[str, np.ndarray]:
     }
 
 
-def take(
-    documents: dict[str, np.ndarray], longest: int, limit: int
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Cut each document to whole windows of the longest length; return also those too short for one."""
-    texts, too_short = {}, []
-    for name, ids in documents.items():
-        kept = min(len(ids), limit) // longest * longest
-        if kept:
-            texts[name] = ids[:kept]
-        else:
-            too_short.append(name)
-    return texts, too_short
+def whole_windows(
+    documents: dict[str, int], longest: int, limit: int
+) -> tuple[dict[str, int], list[str]]:
+    """Return how many tokens to take of each document, and which are too short for one window.
+
+    ``documents`` has their token counts. The taken tokens are whole windows of the longest length,
+    at most ``limit``.
+    """
+    kept = {name: min(length, limit) // longest * longest for name, length in documents.items()}
+    if not any(kept.values()):
+        raise UserError(
+            f"no held-out document has {longest} tokens; hold out longer ones (corpus.held_out) or "
+            "lower evaluation.perplexity.lengths"
+        )
+    too_short = [name for name, length in kept.items() if not length]
+    return {name: length for name, length in kept.items() if length}, too_short
 
 
 def windows(total: int, length: int, stride: int | None) -> list[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from longyarn import adapters, config, manifest, models, packing
+from longyarn import adapters, batches, manifest, models, packing
 from longyarn.cli import UserError, program, set_up_torch
 
 CHECKPOINTS_KEPT = 2
@@ -180,7 +180,7 @@ def deepspeed_config(settings: dict) -> dict:
     """Return DeepSpeed's configuration for these settings."""
     return {
         "train_micro_batch_size_per_gpu": settings["micro_batch_size"],
-        "gradient_accumulation_steps": config.accumulation(settings),
+        "gradient_accumulation_steps": batches.accumulation(settings),
         "gradient_clipping": settings["max_grad_norm"],
         "bf16": {"enabled": settings["precision"] == "bf16"},
         "fp16": {"enabled": settings["precision"] == "fp16"},

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from longyarn import config
+from longyarn import batches, config
 from longyarn.cli import UserError
 
 SCHEMA_PATH = ROOT / "schemas" / "config.schema.yaml"
@@ -210,5 +210,5 @@ def test_accumulation_follows_from_batch_and_processes(batch, micro, gpus, steps
         "gpus": gpus,
         "gradient_accumulation_steps": None,
     }
-    assert config.accumulation(training) == steps
-    assert config.accumulation(training | {"gradient_accumulation_steps": steps}) == steps
+    assert batches.accumulation(training) == steps
+    assert batches.accumulation(training | {"gradient_accumulation_steps": steps}) == steps

@@ -3,17 +3,18 @@
 import json
 import math
 
-import micro_base
 import numpy as np
-import passkey
-import perplexity
 import pytest
 import torch
 import yaml
 from conftest import ROOT
-from longyarn import manifest
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import micro_base
+import passkey
+import perplexity
+from longyarn import manifest
 
 BASE = ROOT / "resources" / "micro-base"
 

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import perplexity
 from longyarn import manifest, statistics
+from longyarn.cli import UserError
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,12 @@ def test_the_same_tokens_are_scored_at_every_length():
     assert np.flatnonzero(~perplexity.scored_everywhere(64, [8, 16], 4)).tolist() == [0]
 
 
-def test_take_cuts_to_whole_windows_and_names_the_short():
-    documents = {"a": np.arange(100), "b": np.arange(31), "c": np.arange(64)}
-    texts, too_short = perplexity.take(documents, 32, 64)
-    assert {name: len(ids) for name, ids in texts.items()} == {"a": 64, "c": 64}
+def test_documents_are_cut_to_whole_windows_and_the_short_are_named():
+    kept, too_short = perplexity.whole_windows({"a": 100, "b": 31, "c": 64}, 32, 64)
+    assert kept == {"a": 64, "c": 64}
     assert too_short == ["b"]
+    with pytest.raises(UserError, match="no held-out document has 32 tokens"):
+        perplexity.whole_windows({"b": 31}, 32, 64)
 
 
 def test_perplexity_is_token_weighted_and_its_interval_spans_documents():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
-from longyarn import config, guards, manifest
+from longyarn import batches, guards, manifest
 from longyarn.cli import UserError
 
 BASE = ROOT / "resources" / "micro-base"
@@ -161,7 +161,7 @@ def test_deepspeed_config_follows_the_settings():
         "max_grad_norm": 0.5, "precision": "bf16", "zero_stage": 3,
     }  # fmt: skip
     engine = train.deepspeed_config(settings)
-    assert engine["gradient_accumulation_steps"] == config.accumulation(settings) == 2
+    assert engine["gradient_accumulation_steps"] == batches.accumulation(settings) == 2
     assert engine["bf16"]["enabled"] and not engine["fp16"]["enabled"]
     assert engine["zero_optimization"]["stage"] == 3
     assert json.loads(json.dumps(engine)) == engine

@@ -8,6 +8,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
+from longyarn import batches
 from longyarn.cli import UserError
 
 
@@ -164,7 +165,7 @@ def check(config: dict) -> None:
     training = config["training"]
     if (training["steps"] is None) == (training["epochs"] is None):
         raise UserError("state either training.steps or training.epochs, and leave the other null")
-    accumulation(training)
+    batches.accumulation(training)
     if not training["gpus"] and training["precision"] == "fp16":
         raise UserError("training.precision fp16 needs a GPU; on the CPU choose bf16 or fp32")
     lora = training["lora"]
@@ -173,22 +174,3 @@ def check(config: dict) -> None:
         raise UserError(
             f"training.lora.{extra[0]} belongs to training.mode lora; full trains every weight anyway"
         )
-
-
-def accumulation(training: dict) -> int:
-    """Return the forward passes a step: batch_size / (micro_batch_size × processes), which must divide."""
-    processes = max(1, training["gpus"])
-    per_pass = training["micro_batch_size"] * processes
-    if training["batch_size"] % per_pass:
-        raise UserError(
-            f"training.batch_size {training['batch_size']} cannot be divided by micro_batch_size "
-            f"{training['micro_batch_size']} × {processes} processes; choose a multiple of {per_pass}"
-        )
-    steps = training["batch_size"] // per_pass
-    stated = training["gradient_accumulation_steps"]
-    if stated and stated != steps:
-        raise UserError(
-            f"training.gradient_accumulation_steps {stated} contradicts batch_size / (micro_batch_size × "
-            f"processes) = {steps}; leave it null or mend the batch"
-        )
-    return steps

@@ -31,6 +31,8 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     spread = z / (1 + z * z / trials)
     spread *= math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
-    low = 0.0 if successes == 0 else centre - spread  # exactly, where rounding would leave a residue
+    low = (
+        0.0 if successes == 0 else centre - spread
+    )  # exactly, where rounding would leave a residue
     high = 1.0 if successes == trials else centre + spread
     return low, high
