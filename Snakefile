@@ -1,8 +1,7 @@
 """Longyarn: extend the context of a RoPE model, with the evidence that it works.
 
 The stages, in order; each is rules/X.smk with scripts/X.py and targets a manifest:
-download_model, download_corpus, patch_rope, tokenise, pack, check_evaluation, train, merge,
-perplexity, passkey, report.
+download_model, download_corpus, patch_rope, tokenise, pack, train, merge, perplexity, passkey, report.
 """
 
 from snakemake.utils import min_version
@@ -24,7 +23,6 @@ include: "rules/download_corpus.smk"
 include: "rules/patch_rope.smk"
 include: "rules/tokenise.smk"
 include: "rules/pack.smk"
-include: "rules/check_evaluation.smk"
 include: "rules/train.smk"
 include: "rules/merge.smk"
 include: "rules/perplexity.smk"

@@ -74,6 +74,22 @@ def rope_settings(wildcards):
     return as_json(settings)
 
 
+def evaluation_lengths():
+    """Return the options of scripts/check_evaluation.py."""
+    perplexity, passkey = (
+        config["evaluation"][name] for name in ("perplexity", "passkey")
+    )
+    options = {
+        "--perplexity-lengths": perplexity["lengths"],
+        "--tokens-per-document": [perplexity["tokens_per_document"]],
+        "--passkey-lengths": passkey["lengths"],
+        "--digits": [passkey["digits"]],
+    }
+    return " ".join(
+        " ".join(map(str, [name, *values])) for name, values in options.items()
+    )
+
+
 def variant_inputs(wildcards):
     """Return the manifests and payloads of a variant's weights and RoPE.
 

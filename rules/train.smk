@@ -1,5 +1,6 @@
 """Continued pre-training. In: base, RoPE, training sequences. Out: the adapter, or all weights.
 
+The evaluation is checked first: one that could not be done is refused before hours are spent.
 Checkpoints live in a work directory named by the hash of what defines the run, not among the
 outputs, which Snakemake deletes before a job: a job that was stopped goes on from the last of them.
 """
@@ -13,7 +14,7 @@ rule train:
         rope_files=ancient(f"{RUN}/rope/{TRAINED_ROPE}"),
         pack=f"{RUN}/pack.json",
         sequences=ancient(f"{RUN}/pack"),
-        checked=ancient(f"{RUN}/evaluation.json"),
+        tokens=f"{RUN}/tokens.json",
     output:
         manifest=f"{RUN}/trained.json",
         payload=directory(f"{RUN}/trained"),
@@ -25,13 +26,17 @@ rule train:
     threads: config["training"]["threads"]
     resources:
         gpu=config["training"]["gpus"],
+        # Not params, which are provenance: a changed evaluation must not train again.
+        evaluation=evaluation_lengths(),
     params:
         code=code("train"),
         settings=as_json(config["training"]),
         processes=max(1, config["training"]["gpus"]),
         work=config["paths"]["work"],
     shell:
+        "(python scripts/check_evaluation.py --base {input.base} --tokens {input.tokens}"
+        " {resources.evaluation} && "
         "python scripts/launch.py --standalone --nproc-per-node {params.processes} scripts/train.py"
         " --base {input.base} --rope {input.rope} --pack {input.pack} --settings {params.settings}"
-        " --work {params.work:q} --manifest {output.manifest} --output {output.payload}"
+        " --work {params.work:q} --manifest {output.manifest} --output {output.payload})"
         " 2>&1 | tee {log}"

@@ -1,7 +1,7 @@
 """Make sure, before training, that every evaluation asked for can be done after it.
 
 Held-out documents must be long enough for the perplexity windows, and the passkey prompt must fit its
-lengths: both depend on the tokenizer, so the config alone cannot tell.
+lengths: both depend on the tokenizer, so the config alone cannot tell. The rule train runs this first.
 """
 
 import argparse
@@ -22,31 +22,17 @@ def main() -> None:
     parser.add_argument("--tokens-per-document", type=int, required=True)
     parser.add_argument("--passkey-lengths", type=int, nargs="+", required=True)
     parser.add_argument("--digits", type=int, required=True, help="digits of a key")
-    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
     arguments = parser.parse_args()
 
     base = manifest.read(arguments.base)["facts"]
     tokens = manifest.read_facts(arguments.tokens)
     held_out = {d["id"]: d["tokens"] for d in tokens["documents"] if d["held_out"]}
     longest = max(arguments.perplexity_lengths)
-    kept, too_short = perplexity.whole_windows(held_out, longest, arguments.tokens_per_document)
+    perplexity.whole_windows(held_out, longest, arguments.tokens_per_document)
     tokenizer = load_tokenizer(arguments.base.parent / base["directory"], base["trust_remote_code"])
     key = "9" * arguments.digits
     for length in arguments.passkey_lengths:
         passkey.prompt(tokenizer, key, length, 0.5)
-    manifest.write(
-        arguments.manifest,
-        script=Path(__file__),
-        settings={
-            "perplexity_lengths": arguments.perplexity_lengths,
-            "tokens_per_document": arguments.tokens_per_document,
-            "passkey_lengths": arguments.passkey_lengths,
-            "digits": arguments.digits,
-        },
-        inputs={"base": arguments.base, "tokens": arguments.tokens},
-        files=[],
-        facts={"tokens_evaluated": kept, "too_short": too_short},
-    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,14 @@ def model(tmp_path) -> Path:
     return Path(shutil.copytree(MICRO_BASE, tmp_path / "model"))
 
 
+# All that a run needs of the micro base; its card and its training log stay behind.
+NEEDED = sorted(
+    f"base/{file.name}"
+    for file in MICRO_BASE.iterdir()
+    if file.name not in ("README.md", "training.json")
+)
+
+
 def refused(model, tmp_path) -> str:
     """Return the sentence for a bad model directory; nothing may be left in the run's directory."""
     sentence = refusal(
@@ -55,12 +63,14 @@ def test_a_local_model_is_linked_and_listed(model, tmp_path):
     (model / "code.py").write_text("raise SystemExit")
     (model / "pytorch_model.bin").write_bytes(b"not wanted")
     record = manifest.read(bring(model, tmp_path / "run"))
-    assert sorted(record["files"]) == sorted(f"base/{p.name}" for p in MICRO_BASE.iterdir())
+    assert sorted(record["files"]) == NEEDED
     original, brought = model / "model.safetensors", tmp_path / "run" / "base" / "model.safetensors"
     assert os.path.samefile(original, brought)
     assert record["files"]["base/model.safetensors"]["sha256"] == manifest.sha256(original)
     assert record["facts"]["model_type"] == "llama"
-    assert record["facts"]["bytes"] == sum(p.stat().st_size for p in MICRO_BASE.iterdir())
+    assert record["facts"]["bytes"] == sum(
+        (MICRO_BASE.parent / name.replace("base/", "micro-base/")).stat().st_size for name in NEEDED
+    )
     assert str(tmp_path) not in json.dumps(record["files"])
 
 
@@ -284,7 +294,7 @@ def test_a_model_from_the_hub(hub, tmp_path):
     done = from_hub(hub.address, tmp_path)
     assert done.returncode == 0, done.stderr
     record = manifest.read(tmp_path / "base.json")
-    assert sorted(record["files"]) == sorted(f"base/{p.name}" for p in MICRO_BASE.iterdir())
+    assert sorted(record["files"]) == NEEDED
     assert record["facts"]["revision"] == REVISION
     weights = tmp_path / "base" / "model.safetensors"
     assert weights.read_bytes() == (MICRO_BASE / "model.safetensors").read_bytes()

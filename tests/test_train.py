@@ -126,7 +126,7 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_weights(finished_copy):
 
 
 def test_full_fine_tuning_by_one_key(finished_copy):
-    overrides = {"training": {"mode": "full", "steps": 1, "learning_rate": 1e-5}}
+    overrides = {"training": {"mode": "full", "steps": 1, "warmup_steps": 0}}
     finished_copy.snakemake("results/tests/merged.json", overrides=overrides)
     run = finished_copy.directory / "results" / "tests"
     facts = manifest.read(run / "trained.json")["facts"]

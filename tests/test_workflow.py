@@ -16,14 +16,14 @@ REPORT = {"report": 1}
 # What depends on the training sequences. Untrained variants do not.
 FROM_PACK = {"pack": 1, "train": 1, "merge": 1, "perplexity": 1, "passkey": 1} | REPORT
 FROM_TRAIN = {"train": 1, "merge": 1, "perplexity": 1, "passkey": 1} | REPORT
-FROM_TOKENS = {"tokenise": 1, "check_evaluation": 1} | FROM_PACK | {"perplexity": 3}
+FROM_TOKENS = {"tokenise": 1} | FROM_PACK | {"perplexity": 3}
 ALL = {"download_model": 1, "patch_rope": 2} | FROM_TOKENS | EVALUATIONS
 
 CHANGES = {
     "nothing": ({}, {}),
     "evaluation length": (
         {"evaluation": {"perplexity": {"lengths": [256, 512, 1024]}}},
-        {"check_evaluation": 1, "perplexity": 3} | REPORT,
+        {"perplexity": 3} | REPORT,
     ),
     "passkey trials": ({"evaluation": {"passkey": {"trials": 3}}}, {"passkey": 3} | REPORT),
     "learning rate": ({"training": {"learning_rate": 2.0e-3}}, FROM_TRAIN),
@@ -59,16 +59,15 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(finished, change):
 EDIT = "\n\nADDED = 1\n"
 SCRIPTS = {
     "report": REPORT,
-    "perplexity": {"check_evaluation": 1, "perplexity": 3} | REPORT,
-    "passkey": {"check_evaluation": 1, "passkey": 3} | REPORT,
-    "longyarn/statistics": {"check_evaluation": 1} | EVALUATIONS | REPORT,
-    "longyarn/evaluation": {"check_evaluation": 1} | EVALUATIONS | REPORT,
+    "perplexity": {"perplexity": 3} | REPORT,
+    "passkey": {"passkey": 3} | REPORT,
+    "longyarn/statistics": EVALUATIONS | REPORT,
+    "longyarn/evaluation": EVALUATIONS | REPORT,
     "merge": {"merge": 1, "perplexity": 1, "passkey": 1} | REPORT,
     "train": FROM_TRAIN,
     "longyarn/guards": FROM_TRAIN,
     "pack": FROM_PACK,
     "tokenise": FROM_TOKENS,
-    "check_evaluation": {"check_evaluation": 1},
 }
 
 
