@@ -5,6 +5,11 @@ VENV := .venv
 CORES ?= 2
 CONFIG ?=
 TORCH_INDEX_URL ?=
+ifneq ($(CONFIG),)
+ifeq ($(wildcard $(CONFIG)),)
+$(error config file $(CONFIG) is missing; mend CONFIG)
+endif
+endif
 LAYERED := $(if $(CONFIG),--configfile $(CONFIG))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
