@@ -9,9 +9,8 @@ from pathlib import Path
 
 import passkey
 import perplexity
-from longyarn import manifest
+from longyarn import manifest, models
 from longyarn.cli import program
-from tokenise import load_tokenizer
 
 
 def main() -> None:
@@ -29,7 +28,9 @@ def main() -> None:
     held_out = {d["id"]: d["tokens"] for d in tokens["documents"] if d["held_out"]}
     longest = max(arguments.perplexity_lengths)
     perplexity.whole_windows(held_out, longest, arguments.tokens_per_document)
-    tokenizer = load_tokenizer(arguments.base.parent / base["directory"], base["trust_remote_code"])
+    tokenizer = models.load_tokenizer(
+        arguments.base.parent / base["directory"], base["trust_remote_code"]
+    )
     key = "9" * arguments.digits
     for length in arguments.passkey_lengths:
         passkey.prompt(tokenizer, key, length, 0.5)

@@ -12,8 +12,6 @@ import argparse
 import itertools
 import json
 import math
-import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import passkey
+from longyarn import manifest
 from longyarn.cli import UserError, program
 
 WINDOW = 512
@@ -480,17 +479,13 @@ def perplexity(model, tokens: np.ndarray, length: int) -> float:
 
 def save(output: Path, model, tokenizer, record: dict) -> None:
     """Write the model's directory beside its place, then move it there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    fresh.chmod(0o755)
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (fresh / "README.md").write_text(model_card(record), encoding="utf-8")
-    for path in fresh.iterdir():
-        path.chmod(0o644)
-    shutil.rmtree(output, ignore_errors=True)
-    fresh.rename(output)
+    with manifest.new_directory(output) as fresh:
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        manifest.write_json(fresh / "training.json", record)
+        (fresh / "README.md").write_text(model_card(record), encoding="utf-8")
+        for path in fresh.iterdir():
+            path.chmod(0o644)
 
 
 def model_card(record: dict) -> str:

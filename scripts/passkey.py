@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from longyarn import evaluation, statistics
+from longyarn import evaluation, manifest, models, statistics
 from longyarn.cli import UserError, program, progress
 
 PREFIX = (
@@ -37,9 +37,10 @@ def main() -> None:
     parser.add_argument("--digits", type=int, required=True, help="digits of a key")
     parser.add_argument("--seed", type=int, required=True, help="seed of the keys")
     arguments = parser.parse_args()
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(evaluation.model_directory(arguments))
+    tokenizer = models.load_tokenizer(
+        evaluation.model_directory(arguments),
+        manifest.read_facts(arguments.model)["trust_remote_code"],
+    )
     cells = [(length, depth) for length in arguments.lengths for depth in arguments.depths]
     prompts = {
         cell: [

@@ -9,15 +9,14 @@ import argparse
 import difflib
 import itertools
 import json
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from longyarn import manifest
-from longyarn.cli import UserError, first_line, program, progress
+from longyarn import manifest, models
+from longyarn.cli import UserError, program, progress
 
 DOCUMENTS_AT_ONCE = 16  # the tokenizer takes documents of a group in parallel
 
@@ -36,7 +35,7 @@ def main() -> None:
     corpus = manifest.read(arguments.corpus)
     check_held_out(arguments.held_out, corpus["facts"]["ids"])
     model_directory = arguments.base.parent / base["facts"]["directory"]
-    tokenizer = load_tokenizer(model_directory, base["facts"]["trust_remote_code"])
+    tokenizer = models.load_tokenizer(model_directory, base["facts"]["trust_remote_code"])
 
     documents, pieces = [], []
     source = arguments.corpus.parent / next(iter(corpus["files"]))
@@ -81,22 +80,6 @@ def check_held_out(held_out: list[str], ids: list[str]) -> None:
         raise UserError(
             "corpus.held_out names every document, so none is left to train on; hold fewer out"
         )
-
-
-def load_tokenizer(model_directory: Path, trust_remote_code: bool):
-    """Return the model's tokenizer."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        return AutoTokenizer.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises nothing more special
-        raise UserError(
-            f"the tokenizer in {model_directory} cannot be loaded ({first_line(error)}); restore its "
-            "files in model.source"
-        ) from None
 
 
 def check_vocabulary(tokens: np.ndarray, config: dict) -> None:

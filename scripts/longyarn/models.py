@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from longyarn import manifest
-from longyarn.cli import UserError
+from longyarn.cli import UserError, first_line
 
 
 def load_config(model_directory: Path, rope_path: Path, trust_remote_code: bool = False):
@@ -91,6 +91,21 @@ def load_model(
         )
     check_rotation(model, facts)
     return model
+
+
+def load_tokenizer(model_directory: Path, trust_remote_code: bool):
+    """Return the model's tokenizer."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise UserError(
+            f"the tokenizer in {model_directory} cannot be loaded ({first_line(error)}); restore its "
+            "files in model.source"
+        ) from None
 
 
 def torch_dtype(name: str):

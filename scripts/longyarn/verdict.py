@@ -144,20 +144,23 @@ def percent(share: float) -> str:
 
 def at_most(name: str, figure: tuple, threshold: float, claim: str, words=significant) -> Check:
     """Return the check that a figure (value, low, high) is at most the threshold."""
-    value, low, high = figure
-    decided = low < high and (high <= threshold or low > threshold)
-    asked = percent(threshold) if words is percent else f"{threshold:g}"
-    text = _in_words(figure, claim, words) + f", where at most {asked} is asked."
-    return Check(name, value <= threshold, decided, value, low, high, threshold, text)
+    _, low, high = figure
+    decided = high <= threshold or low > threshold
+    return _check(name, figure[0] <= threshold, decided, figure, "most", threshold, claim, words)
 
 
 def at_least(name: str, figure: tuple, threshold: float, claim: str, words=significant) -> Check:
     """Return the check that a figure (value, low, high) is at least the threshold."""
+    _, low, high = figure
+    decided = low >= threshold or high < threshold
+    return _check(name, figure[0] >= threshold, decided, figure, "least", threshold, claim, words)
+
+
+def _check(name, passed, decided, figure, bound, threshold, claim, words) -> Check:
     value, low, high = figure
-    decided = low < high and (low >= threshold or high < threshold)
     asked = percent(threshold) if words is percent else f"{threshold:g}"
-    text = _in_words(figure, claim, words) + f", where at least {asked} is asked."
-    return Check(name, value >= threshold, decided, value, low, high, threshold, text)
+    text = _in_words(figure, claim, words) + f", where at {bound} {asked} is asked."
+    return Check(name, passed, low < high and decided, value, low, high, threshold, text)
 
 
 def _in_words(figure: tuple[float, float, float], claim: str, words) -> str:
