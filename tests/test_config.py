@@ -201,12 +201,14 @@ def test_every_keyword_of_the_schema_has_its_words():
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro", "gpus", "steps"), [(8, 2, 0, 4), (8, 2, 1, 4), (8, 2, 4, 1), (8, 1, 4, 2)]
-)
-def test_accumulation_follows_from_batch_and_processes(batch, micro, gpus, steps):
+    ("batch", "micro", "nodes", "gpus", "steps"),
+    [(8, 2, 1, 0, 4), (8, 2, 1, 1, 4), (8, 2, 1, 4, 1), (8, 1, 1, 4, 2), (8, 2, 2, 0, 2), (8, 1, 2, 4, 1)],
+)  # fmt: skip
+def test_accumulation_follows_from_batch_and_processes(batch, micro, nodes, gpus, steps):
     training = {
         "batch_size": batch,
         "micro_batch_size": micro,
+        "nodes": nodes,
         "gpus": gpus,
         "gradient_accumulation_steps": None,
     }

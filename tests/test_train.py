@@ -157,7 +157,7 @@ def test_embeddings_and_norms_are_trained_and_merged(finished_copy):
 
 def test_deepspeed_config_follows_the_settings():
     settings = {
-        "micro_batch_size": 2, "batch_size": 8, "gpus": 2, "gradient_accumulation_steps": None,
+        "micro_batch_size": 2, "batch_size": 8, "nodes": 1, "gpus": 2, "gradient_accumulation_steps": None,
         "max_grad_norm": 0.5, "precision": "bf16", "zero_stage": 3,
     }  # fmt: skip
     engine = train.deepspeed_config(settings)

@@ -3,14 +3,19 @@
 from longyarn.cli import UserError
 
 
+def processes(training: dict) -> int:
+    """Return the number of training processes: one a GPU, or one a machine without GPUs."""
+    return training["nodes"] * max(1, training["gpus"])
+
+
 def accumulation(training: dict) -> int:
     """Return the forward passes a step: batch_size / (micro_batch_size × processes), which must divide."""
-    processes = max(1, training["gpus"])
-    per_pass = training["micro_batch_size"] * processes
+    count = processes(training)
+    per_pass = training["micro_batch_size"] * count
     if training["batch_size"] % per_pass:
         raise UserError(
             f"training.batch_size {training['batch_size']} cannot be divided by micro_batch_size "
-            f"{training['micro_batch_size']} × {processes} processes; choose a multiple of {per_pass}"
+            f"{training['micro_batch_size']} × {count} processes; choose a multiple of {per_pass}"
         )
     steps = training["batch_size"] // per_pass
     stated = training["gradient_accumulation_steps"]
