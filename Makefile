@@ -61,6 +61,7 @@ lock: setup-dev
 	cd envs && $(LOCK) --config-file uv.toml -c torch.txt --no-emit-package torch \
 	  --no-emit-package setuptools run.in -o run.txt
 	cd envs && $(LOCK) build.in -o build.txt
+	cd envs && $(LOCK) slurm.in -o slurm.txt
 	cd envs && $(LOCK) dev.in -o dev.txt
 
 # Declare that changed code makes no difference to results; docs/reruns.md says when that is right.
