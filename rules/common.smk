@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from download_model import WANTED
-from longyarn import manifest
+from longyarn import manifest, requests
 from longyarn.cli import UserError
 from longyarn.config import complete
 
@@ -72,6 +72,11 @@ def rope_settings(wildcards):
         for key in ("beta_fast", "beta_slow", "attention_factor"):
             del settings[key]
     return as_json(settings)
+
+
+def request(stage, what):
+    """Return a resource of a stage, `mem_mb` or `runtime`, as a function that grows with attempts."""
+    return lambda wildcards, attempt: requests.request(config, stage, what, attempt)
 
 
 def evaluation_lengths():

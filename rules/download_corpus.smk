@@ -9,6 +9,9 @@ rule download_corpus:
         f"{RUN}/logs/download_corpus.log",
     benchmark:
         f"{RUN}/benchmarks/download_corpus.tsv"
+    resources:
+        mem_mb=request("download_corpus", "mem_mb"),
+        runtime=request("download_corpus", "runtime"),
     params:
         code=code("download_corpus"),
         packages=as_json(config["corpus"]["packages"]),

@@ -11,6 +11,9 @@ rule download_model:
         f"{RUN}/logs/download_model.log",
     benchmark:
         f"{RUN}/benchmarks/download_model.tsv"
+    resources:
+        mem_mb=request("download_model", "mem_mb"),
+        runtime=request("download_model", "runtime"),
     params:
         code=code("download_model"),
         source=config["model"]["source"],

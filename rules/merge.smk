@@ -16,6 +16,9 @@ rule merge:
     benchmark:
         f"{RUN}/benchmarks/merge.tsv"
     threads: config["training"]["threads"]
+    resources:
+        mem_mb=request("merge", "mem_mb"),
+        runtime=request("merge", "runtime"),
     params:
         code=code("merge"),
         threads=config["training"]["threads"],

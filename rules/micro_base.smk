@@ -15,6 +15,9 @@ rule micro_base:
     benchmark:
         f"{RUN}/benchmarks/micro_base.tsv"
     threads: 2
+    resources:
+        mem_mb=request("micro_base", "mem_mb"),
+        runtime=request("micro_base", "runtime"),
     params:
         code=code("micro_base"),
         held_out=config["corpus"]["held_out"],

@@ -13,6 +13,9 @@ rule pack:
         f"{RUN}/logs/pack.log",
     benchmark:
         f"{RUN}/benchmarks/pack.tsv"
+    resources:
+        mem_mb=request("pack", "mem_mb"),
+        runtime=request("pack", "runtime"),
     params:
         code=code("pack"),
         long_share=config["mix"]["long_share"],

@@ -12,6 +12,8 @@ rule passkey:
         f"{RUN}/benchmarks/passkey.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
     resources:
+        mem_mb=request("passkey", "mem_mb"),
+        runtime=request("passkey", "runtime"),
         gpu=min(1, config["training"]["gpus"]),
     params:
         code=code("passkey"),

@@ -12,6 +12,9 @@ rule patch_rope:
         f"{RUN}/logs/patch_rope.{{variant}}.log",
     benchmark:
         f"{RUN}/benchmarks/patch_rope.{{variant}}.tsv"
+    resources:
+        mem_mb=request("patch_rope", "mem_mb"),
+        runtime=request("patch_rope", "runtime"),
     params:
         code=code("patch_rope"),
         settings=rope_settings,

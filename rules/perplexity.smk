@@ -14,6 +14,8 @@ rule perplexity:
         f"{RUN}/benchmarks/perplexity.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
     resources:
+        mem_mb=request("perplexity", "mem_mb"),
+        runtime=request("perplexity", "runtime"),
         gpu=min(1, config["training"]["gpus"]),
     params:
         code=code("perplexity"),

@@ -24,6 +24,9 @@ rule report:
         f"{RUN}/logs/report.log",
     benchmark:
         f"{RUN}/benchmarks/report.tsv"
+    resources:
+        mem_mb=request("report", "mem_mb"),
+        runtime=request("report", "runtime"),
     params:
         code=code("report"),
         rope=by_name("rope", REPORTED_ROPES),

@@ -14,6 +14,9 @@ rule tokenise:
         f"{RUN}/logs/tokenise.log",
     benchmark:
         f"{RUN}/benchmarks/tokenise.tsv"
+    resources:
+        mem_mb=request("tokenise", "mem_mb"),
+        runtime=request("tokenise", "runtime"),
     params:
         code=code("tokenise"),
         held_out=config["corpus"]["held_out"],
