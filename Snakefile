@@ -31,6 +31,15 @@ include: "rules/report.smk"
 include: "rules/micro_base.smk"
 
 
+# These run where Snakemake itself runs, so under SLURM on the login node: compute nodes often have no
+# network. A container does not change that: a local rule runs in its image all the same.
+localrules:
+    all,
+    prefetch,
+    download_model,
+    download_corpus,
+
+
 rule all:
     """The report, and the model that it is about."""
     default_target: True
@@ -38,6 +47,15 @@ rule all:
         f"{RUN}/report.html",
         f"{RUN}/merged.json",
         f"{RUN}/merged",
+
+
+rule prefetch:
+    """All that needs the network, images too; no stage after it does (docs/cluster.md)."""
+    input:
+        f"{RUN}/base.json",
+        f"{RUN}/base",
+        f"{RUN}/corpus.json",
+        f"{RUN}/corpus",
 
 
 onsuccess:
