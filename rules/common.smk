@@ -11,6 +11,7 @@ from download_model import WANTED
 from longyarn import manifest, requests
 from longyarn.cli import UserError
 from longyarn.config import complete
+from snakemake.settings.types import DeploymentMethod
 
 try:
     config = complete(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml")
@@ -20,11 +21,26 @@ except UserError as error:
 
 RUN = f"{config['paths']['results']}/{config['run']}"
 
+IMAGE = config["container"]["image"]
+IN_APPTAINER = (
+    DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+)
+
 # The RoPE variant that training starts from, and those that are evaluated untrained.
 TRAINED_ROPE = (
     "base" if config["rope"]["method"] == "none" else config["rope"]["method"]
 )
 VARIANTS = config["evaluation"]["variants"]
+
+
+# Training on several machines calls srun and, inside, the image: srun is not in the image itself.
+NODES = config["training"]["nodes"]
+TRAINING_IMAGE = IMAGE if NODES == 1 else None
+TRAINING_ON_SEVERAL_NODES = (
+    {"nodes": NODES, "mpi": "srun", "tasks": NODES, "tasks_per_gpu": 0}
+    if NODES > 1
+    else {}
+)
 
 
 wildcard_constraints:
@@ -77,6 +93,26 @@ def rope_settings(wildcards):
 def request(stage, what):
     """Return a resource of a stage, `mem_mb` or `runtime`, as a function that grows with attempts."""
     return lambda wildcards, attempt: requests.request(config, stage, what, attempt)
+
+
+def inside_image():
+    """Return the command that enters the image, where a rule has to call it by itself.
+
+    As a param it makes a changed image run the rule again, which a container would do by itself.
+    """
+    return containers.exec_command(IMAGE) if NODES > 1 and IN_APPTAINER else ""
+
+
+def on_every_node():
+    """Return the command that starts a program once on each machine of a job."""
+    if NODES == 1:
+        return ""
+    gpus = config["training"]["gpus"]
+    threads = config["training"]["threads"] * max(1, gpus)
+    return (
+        f"srun --nodes={NODES} --ntasks={NODES} --ntasks-per-node=1 --cpus-per-task={threads}"
+        " --kill-on-bad-exit=1" + (f" --gpus-per-node={gpus}" if gpus else "")
+    )
 
 
 def evaluation_lengths():

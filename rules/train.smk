@@ -3,6 +3,8 @@
 The evaluation is checked first: one that could not be done is refused before hours are spent.
 Checkpoints live in a work directory named by the hash of what defines the run, not among the
 outputs, which Snakemake deletes before a job: a job that was stopped goes on from the last of them.
+On several machines the rule has no container of its own, because srun is not in the image: it calls
+srun, and apptainer inside.
 """
 
 
@@ -23,20 +25,29 @@ rule train:
     benchmark:
         f"{RUN}/benchmarks/train.tsv"
     priority: 10  # the longest job: start it before the evaluations that can wait
-    threads: config["training"]["threads"]
+    container:
+        TRAINING_IMAGE
+    threads: config["training"]["threads"] * max(1, config["training"]["gpus"])
     resources:
-        gpu=config["training"]["gpus"],
+        **TRAINING_ON_SEVERAL_NODES,
+        mem_mb=request("train", "mem_mb"),
+        runtime=request("train", "runtime"),
+        gpu=config["training"]["nodes"] * config["training"]["gpus"],
         # Not params, which are provenance: a changed evaluation must not train again.
         evaluation=evaluation_lengths(),
     params:
         code=code("train"),
         settings=as_json(config["training"]),
+        image=inside_image(),
+        every_node=on_every_node(),
         processes=max(1, config["training"]["gpus"]),
         work=config["paths"]["work"],
     shell:
-        "(python scripts/check_evaluation.py --base {input.base} --tokens {input.tokens}"
-        " {resources.evaluation} && "
-        "python scripts/launch.py --standalone --nproc-per-node {params.processes} scripts/train.py"
+        # SIGTERM is for the training processes: they save and end, and all else ends after them.
+        "trap '' TERM; ({params.image} python scripts/check_evaluation.py --base {input.base}"
+        " --tokens {input.tokens} {resources.evaluation} && "
+        "{params.every_node} {params.image} python scripts/launch.py"
+        " --nproc-per-node {params.processes} scripts/train.py"
         " --base {input.base} --rope {input.rope} --pack {input.pack} --settings {params.settings}"
-        " --work {params.work:q} --manifest {output.manifest} --output {output.payload})"
-        " 2>&1 | tee {log}"
+        " --work {params.work:q} --minutes {resources.runtime}"
+        " --manifest {output.manifest} --output {output.payload}) 2>&1 | tee {log}"

@@ -1,23 +1,58 @@
 """Start one process a GPU, as torchrun does, without its traceback on top of a stage's own sentence.
 
-Takes torchrun's arguments. A failed process has already said what is wrong; torchrun would add a
-traceback of itself, which hides it.
+Takes torchrun's arguments. On several machines, `srun` starts this once on each and SLURM's variables
+tell which of them it is; on one, torchrun's --standalone applies.
+
+Two things differ from torchrun. A failed process has already said what is wrong; torchrun would add a
+traceback of itself, which hides it. And SIGTERM is passed on to the processes, which stop after a step
+and save, where torchrun would kill them after 30 seconds.
 """
 
 import logging
+import os
+import signal
 import sys
 
+import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+# Where the processes meet. Jobs that share a machine must not meet each other: the job's number is added.
+FIRST_PORT, PORTS = 20000, 20000
 
 
 def main() -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGQUIT"
+    for number in (signal.SIGTERM, signal.SIGURG):
+        signal.signal(number, pass_on)
     try:
-        run.main()
+        run.main([*meeting_point(os.environ), *sys.argv[1:]])
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+def pass_on(number: int, frame) -> None:
+    """Pass a signal on to the processes that were started."""
+    for child in psutil.Process().children():
+        if child.is_running():
+            child.send_signal(number)
+
+
+def meeting_point(environment: dict) -> list[str]:
+    """Return torchrun's options for the place of this machine among those that srun started.
+
+    The first machine is the one that srun was called on, whose address SLURM gives to all.
+    """
+    if int(environment.get("SLURM_STEP_NUM_NODES", 1)) == 1:
+        return ["--standalone"]
+    return [
+        f"--nnodes={environment['SLURM_STEP_NUM_NODES']}",
+        f"--node-rank={environment['SLURM_NODEID']}",
+        f"--master-addr={environment['SLURM_LAUNCH_NODE_IPADDR']}",
+        f"--master-port={FIRST_PORT + int(environment['SLURM_JOB_ID']) % PORTS}",
+    ]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Continued pre-training at full length: transformers' Trainer on DeepSpeed, LoRA or full.
 
-Started by torchrun, one process a GPU, or one on the CPU. Checkpoints go to a work directory named by
-the hash of all that defines the run, so a rerun goes on where the last one stopped and a changed
-setting never resumes from a stale state. Before the first step two guards run: the model rotates as
-the RoPE manifest says, and document masks really hide one piece from the next.
+Started by scripts/launch.py, one process a GPU, or one a machine on the CPU. Checkpoints go to a work
+directory named by the hash of all that defines the run, so a rerun goes on where the last one stopped
+and a changed setting never resumes from a stale state; each attempt writes in its own part of it.
+Before the first step two guards run: the model rotates as the RoPE manifest says, and document masks
+really hide one piece from the next.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from longyarn import adapters, batches, manifest, models, packing
+from longyarn import adapters, attempts, batches, manifest, models, packing
 from longyarn.cli import UserError, program, set_up_torch
 
 CHECKPOINTS_KEPT = 2
@@ -29,6 +30,9 @@ def main() -> None:
         "--settings", type=json.loads, required=True, help="config section `training`, as JSON"
     )
     parser.add_argument("--work", type=Path, required=True, help="root of work directories")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="time limit of the job, where SLURM sets one"
+    )
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
     parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
     arguments = parser.parse_args()
@@ -42,15 +46,16 @@ def main() -> None:
     import torch
     import transformers
 
-    from longyarn import guards
+    from longyarn import guards, stopping
 
+    time_limit = stopping.deadline(arguments.minutes)
     if settings["gpus"] > torch.cuda.device_count():
         raise UserError(
             f"training.gpus is {settings['gpus']}, but this machine shows {torch.cuda.device_count()}; "
             "lower it, or set 0 for the CPU"
         )
     if not settings["gpus"]:
-        # One process needs no shared-memory collectives; else DeepSpeed compiles them at this point.
+        # torch's own collectives will do; DeepSpeed would compile shared-memory ones at this point.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if settings["gpus"] else "gloo", verbose=False)
 
@@ -58,10 +63,11 @@ def main() -> None:
     rope = manifest.read_facts(arguments.rope)
     pack = manifest.read(arguments.pack)
     work = arguments.work / run_hash(arguments)
+    attempt = claim_together(work)
     data = Packed(
         arguments.pack.parent / next(iter(pack["files"])), pack["facts"]["document_masks"]
     )
-    training = training_arguments(settings, work)
+    training = training_arguments(settings, attempt)
     transformers.set_seed(settings["seed"])
     try:
         model = models.load_model(
@@ -82,18 +88,20 @@ def main() -> None:
         model.base_model.model.config.use_cache = False
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checks = guards.Guards(rope, pack["facts"]["document_masks"])
+    stop = stopping.Stopping(attempt, time_limit)
     trainer = transformers.Trainer(
-        model=model, args=training, train_dataset=data, callbacks=[checks, guards.Lines()]
+        model=model, args=training, train_dataset=data, callbacks=[checks, guards.Lines(), stop]
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    last = last_checkpoint(work)
+    last = attempts.last_checkpoint(work)
     if last:
-        guards.say(f"train: resuming from {last.name}")
+        guards.say(f"train: resuming from {attempts.describe(last)}")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    stop.end()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
 
     # Every process takes part in gathering the weights; the first one writes the payload.
-    staged = work / "final"
+    staged = attempt / "final"
     trainer.save_model(str(staged))
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step
@@ -120,9 +128,8 @@ def main() -> None:
             files=files,
             facts=facts,
         )
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def run_hash(arguments: argparse.Namespace) -> str:
@@ -137,13 +144,13 @@ def run_hash(arguments: argparse.Namespace) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """Return the newest checkpoint that is whole, if there is one.
+def claim_together(work: Path) -> Path:
+    """Return the directory of a new attempt, the same for every process."""
+    import torch
 
-    ``trainer_state.json`` is the last file that the Trainer writes of a checkpoint.
-    """
-    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    claimed = [attempts.claim(work) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(claimed)
+    return claimed[0]
 
 
 class Packed:
@@ -191,14 +198,14 @@ def deepspeed_config(settings: dict) -> dict:
     }
 
 
-def training_arguments(settings: dict, work: Path):
+def training_arguments(settings: dict, attempt: Path):
     """Return transformers' TrainingArguments; DeepSpeed's configuration is written beside the run."""
     from transformers import TrainingArguments
 
     engine = deepspeed_config(settings)
-    manifest.write_json(work / "deepspeed.json", engine)
+    manifest.write_json(attempt / "deepspeed.json", engine)
     return TrainingArguments(
-        output_dir=str(work),
+        output_dir=str(attempt),
         max_steps=settings["steps"] or -1,
         num_train_epochs=settings["epochs"] or 1,
         learning_rate=settings["learning_rate"],

@@ -1,0 +1,86 @@
+"""Attempts at one training run: how they go on from each other, and never write into each other.
+
+A run that is stopped is tried again, by Snakemake or by SLURM, and the attempt before it may still be
+alive: when a node loses its controller, SLURM starts the job anew elsewhere while the old processes
+write on. So each attempt takes a number that is higher than all before it (making a directory is
+atomic, on network file systems too) and writes only below its own ``attempt-<number>``. It resumes
+from the newest whole checkpoint of any attempt. Who finds a higher number than his own has been
+replaced, and stops: a fencing token, with no lock that a crash could leave behind.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from longyarn import manifest
+
+MARKER = "whole.json"
+
+
+def claim(work: Path) -> Path:
+    """Make and return the directory of a new attempt, numbered higher than every other."""
+    work.mkdir(parents=True, exist_ok=True)
+    number = newest(work) + 1
+    while True:
+        directory = work / f"attempt-{number:04d}"
+        try:
+            directory.mkdir()
+            return directory
+        except FileExistsError:
+            number += 1
+
+
+def newest(work: Path) -> int:
+    """Return the highest number of an attempt, 0 where there is none."""
+    names = (re.fullmatch(r"attempt-(\d+)", path.name) for path in work.iterdir())
+    return max((int(name.group(1)) for name in names if name), default=0)
+
+
+def superseded(attempt: Path) -> bool:
+    """Tell whether a newer attempt has taken over."""
+    return newest(attempt.parent) > int(attempt.name.removeprefix("attempt-"))
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Declare a checkpoint whole: list its files, once every process has written its part."""
+    sizes = {
+        file.relative_to(checkpoint).as_posix(): file.stat().st_size
+        for file in sorted(checkpoint.rglob("*"))
+        if file.is_file()
+    }
+    manifest.write_json(checkpoint / MARKER, sizes)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint was declared whole and its files still have their sizes."""
+    if not (checkpoint / MARKER).is_file():
+        return False
+    sizes = manifest.read_json(checkpoint / MARKER)
+    return all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
+        for name, size in sizes.items()
+    )
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """Return the whole checkpoint of the most steps, of any attempt, or nothing.
+
+    An attempt that is replaced saves at most once more and removes only the oldest of the two that
+    it keeps, so the one returned stays in place while it is read.
+    """
+    found = [path for path in work.glob("attempt-*/checkpoint-*") if is_whole(path)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def remove_older(attempt: Path) -> None:
+    """Remove all attempts before this one, whose checkpoints are no longer needed."""
+    for other in attempt.parent.glob("attempt-*"):
+        if other.name < attempt.name:
+            # An orphan may still write there; what it leaves goes with the next attempt.
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def describe(checkpoint: Path) -> str:
+    """Return a checkpoint's name as a log line has it."""
+    return os.path.join(checkpoint.parent.name, checkpoint.name)

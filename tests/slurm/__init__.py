@@ -1,0 +1,1 @@
+"""A real SLURM on one host, for the tests."""
