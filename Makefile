@@ -56,13 +56,8 @@ micro-base: setup
 	cp results/micro/micro_base/* resources/micro-base/
 
 # Write the hash-locked requirements from the short .in files.
-LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
 lock: setup-dev
-	cd envs && $(LOCK) --config-file uv.toml -c torch.txt --no-emit-package torch \
-	  --no-emit-package setuptools run.in -o run.txt
-	cd envs && $(LOCK) build.in -o build.txt
-	cd envs && $(LOCK) slurm.in -o slurm.txt
-	cd envs && $(LOCK) dev.in -o dev.txt
+	python envs/lock.py
 
 # Declare that changed code makes no difference to results; docs/reruns.md says when that is right.
 accept: setup
