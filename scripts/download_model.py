@@ -5,8 +5,10 @@ hub's SHA-256 where the hub gives one, and for being whole in any case.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from longyarn import manifest, models
@@ -40,6 +42,8 @@ def main() -> None:
     files = wanted_files(source, arguments.trust_remote_code)
     check_whole(source, files)
     config = manifest.read_json(source / "config.json")
+    if arguments.trust_remote_code:
+        check_code(source)
     with manifest.new_directory(arguments.output) as directory:
         disk = directory.stat().st_dev
         copied = sum(file.stat().st_size for file in files if file.stat().st_dev != disk)
@@ -70,8 +74,53 @@ def is_local(source: str) -> bool:
 
 def from_hub(repository: str, revision: str, cache: Path) -> Path:
     """Download what is wanted of a hub repository, resuming, and return the snapshot's directory."""
+    from huggingface_hub import snapshot_download
+
+    info = hub_info(repository, revision)
+    with hub_errors(repository, revision):
+        snapshot = Path(
+            snapshot_download(
+                repository, revision=revision, cache_dir=cache / "hub", allow_patterns=list(WANTED)
+            )
+        )
+    for sibling in info.siblings:
+        file = snapshot / sibling.rfilename
+        if (
+            sibling.lfs is not None
+            and file.is_file()
+            and manifest.sha256(file) != sibling.lfs.sha256
+        ):
+            file.resolve().unlink()
+            raise UserError(
+                f"{file} differs from the hub's SHA-256; run again, and if it differs again do not trust "
+                "the source"
+            )
+    return snapshot
+
+
+def hub_info(repository: str, revision: str):
+    """Return the hub's record of a repository at a revision, with the size of each file."""
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+
+    if not revision:
+        raise UserError(
+            f"model.revision is needed for the hub repository {repository}: the 40 hexadecimal digits "
+            "of a commit, so that the run can be repeated (or is model.source a mistyped directory?)"
+        )
+    with hub_errors(repository, revision):
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=10)
+        if any(sibling.rfilename == "config.json" for sibling in info.siblings):
+            # Anyone sees the record of a gated repository; a file of it tells whether we may have it.
+            get_hf_file_metadata(
+                hf_hub_url(repository, "config.json", revision=revision), timeout=10
+            )
+    return info
+
+
+@contextlib.contextmanager
+def hub_errors(repository: str, revision: str) -> Iterator[None]:
+    """Turn what the hub refuses, and its absence, into one sentence."""
     from httpx2 import HTTPError
-    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -80,18 +129,8 @@ def from_hub(repository: str, revision: str, cache: Path) -> Path:
         RevisionNotFoundError,
     )
 
-    if not revision:
-        raise UserError(
-            f"model.revision is needed for the hub repository {repository}: the 40 hexadecimal digits "
-            "of a commit, so that the run can be repeated (or is model.source a mistyped directory?)"
-        )
     try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-        snapshot = Path(
-            snapshot_download(
-                repository, revision=revision, cache_dir=cache / "hub", allow_patterns=list(WANTED)
-            )
-        )
+        yield
     except GatedRepoError:
         raise UserError(
             f"the hub gates {repository}: accept its licence on its page, then log in with `hf auth login`"
@@ -112,22 +151,9 @@ def from_hub(repository: str, revision: str, cache: Path) -> Path:
         ) from None
     except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"the hub did not give {repository} at {revision} ({first_line(error)}); try again, or "
-            "download it elsewhere and let model.source name the directory"
+            f"the hub did not give {repository} at {revision} ({first_line(error)}); run `snakemake "
+            "prefetch` where there is a network, or let model.source name a directory"
         ) from None
-    for sibling in info.siblings:
-        file = snapshot / sibling.rfilename
-        if (
-            sibling.lfs is not None
-            and file.is_file()
-            and manifest.sha256(file) != sibling.lfs.sha256
-        ):
-            file.resolve().unlink()
-            raise UserError(
-                f"{file} differs from the hub's SHA-256; run again, and if it differs again do not trust "
-                "the source"
-            )
-    return snapshot
 
 
 def wanted_files(source: Path, code: bool) -> list[Path]:
@@ -157,6 +183,20 @@ def check_whole(source: Path, files: list[Path]) -> None:
             raise UserError(
                 f"{file} is not a whole safetensors file ({error}); download it again"
             ) from None
+
+
+def check_code(source: Path) -> None:
+    """Stop when the model names code of another repository, which each stage would fetch, unpinned."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (source / name).is_file():
+            continue
+        for reference in manifest.read_json(source / name).get("auto_map", {}).values():
+            for part in [reference] if isinstance(reference, str) else reference:
+                if part and "--" in part:
+                    raise UserError(
+                        f"auto_map in {source / name} names code of another repository, {part}; copy that "
+                        f"code beside the model and write {part.rpartition('--')[2]}"
+                    )
 
 
 def link_or_copy(source: Path, target: Path) -> None:

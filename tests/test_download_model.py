@@ -85,6 +85,19 @@ def test_code_comes_along_only_when_it_is_trusted(model, tmp_path):
     assert record["facts"]["trust_remote_code"] is True
 
 
+def test_code_of_another_repository_is_refused(model, tmp_path):
+    """transformers would fetch it anew in each stage, from whatever revision is there that day."""
+    edit_json(model / "config.json", auto_map={"AutoModel": "owner/name--modeling.Model"})
+    bring(model, tmp_path / "untrusted")  # never asked for
+    sentence = refusal(
+        download_model, "--source", model, "--trust-remote-code", "--cache", tmp_path,
+        "--manifest", tmp_path / "base.json", "--output", tmp_path / "base",
+    )  # fmt: skip
+    assert "names code of another repository, owner/name--modeling.Model" in sentence
+    assert "copy that code beside the model and write modeling.Model" in sentence
+    assert not (tmp_path / "base").exists()
+
+
 def test_a_model_on_another_disk_is_copied(model, tmp_path):
     with small_disk(tmp_path / "disk", 16) as disk:
         bring(model, disk)
@@ -203,7 +216,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self):
         path = self.path.partition("?")[0]
-        if "gated/model" in path:
+        if "gated/model" in path and "/resolve/" in path:  # its record is public
             return self.send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         if "no/model" in path:
             return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -340,4 +353,4 @@ def test_what_the_hub_refuses(hub, tmp_path, source, revision, expected):
 def test_the_hub_is_out_of_reach(tmp_path):
     sentence = hub_refusal(from_hub("http://127.0.0.1:9", tmp_path))
     assert f"the hub did not give an/model at {REVISION}" in sentence
-    assert "try again" in sentence
+    assert "run `snakemake prefetch` where there is a network" in sentence
