@@ -40,8 +40,17 @@ class Workspace:
                 shutil.copy(ROOT / part, directory / part)
         (directory / ".cache").symlink_to(ROOT / ".cache", target_is_directory=True)
 
-    def snakemake(self, *arguments: str, overrides: dict | None = None, check: bool = True):
-        """Run Snakemake with the test configuration and, layered on it, ``overrides``."""
+    def snakemake(
+        self,
+        *arguments: str,
+        overrides: dict | None = None,
+        check: bool = True,
+        before: tuple[str, ...] = (),
+    ):
+        """Run Snakemake with the test configuration and, layered on it, ``overrides``.
+
+        ``before`` is put in front of the command, to run it under another program.
+        """
         files = ["tests/config.yaml"]
         if overrides:
             (self.directory / "overrides.yaml").write_text(json.dumps(overrides))
@@ -49,7 +58,7 @@ class Workspace:
         command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", *files, "--"]
         command[3:3] = [a for a in arguments if a.startswith("-")]
         command += [a for a in arguments if not a.startswith("-")]
-        return self.run(command, check=check)
+        return self.run([*before, *command], check=check)
 
     def run(self, command: list, check: bool = True):
         """Run a command here, with the environment's programs first on the path."""
