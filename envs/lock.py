@@ -6,6 +6,7 @@ first to have everything at its newest.
 
 import argparse
 import hashlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,68 +18,57 @@ HERE = Path(__file__).resolve().parent
 # earlier ones (their lines `-c run.txt`).
 LOCKS = {
     # torch has its own locks, because each build has its own files.
-    "run": ["--no-emit-package", "torch", "--no-emit-package", "setuptools"],
-    "build": [],
-    "cpu": [],
-    "cuda": [],
-    "flash": ["--no-deps"],
-    "slurm": [],
-    "dev": [],
+    "run": ["--config-file=uv.toml", "--no-emit-package=torch", "--no-emit-package=setuptools"],
+    "build": ["--no-config"],
+    "cpu": ["--no-config"],
+    "cuda": ["--no-config"],
+    "flash": ["--no-config", "--no-deps"],
+    "slurm": ["--no-config"],
+    "dev": ["--no-config"],
 }
 
 
 def main() -> None:
+    """Lock every .in file."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    for name in LOCKS:
-        write(name)
-        print(f"envs/{name}.txt", file=sys.stderr)
-
-
-def write(name: str) -> None:
-    """Lock one .in file, and head the lock with what it was made from."""
-    lock = HERE / f"{name}.txt"
-    if name == "cpu":
-        body = hash_of_cpu_torch()
-    else:
-        resolve(name)
+    for name, options in LOCKS.items():
+        lock = HERE / f"{name}.txt"
+        with tempfile.TemporaryDirectory() as directory:
+            if name == "cpu":
+                download_cpu_torch(directory)
+                options = [*options, "--find-links", directory]
+            compile_lock(name, lock, options)
         lines = lock.read_text(encoding="utf-8").splitlines(keepends=True)
         body = "".join(line for line in lines if not line.startswith("# Locked by"))
-    lock.write_text(header(name) + body, encoding="utf-8")
+        lock.write_text(header(name) + body, encoding="utf-8")
+        print(f"envs/{lock.name}", file=sys.stderr)
 
 
-def resolve(name: str) -> None:
-    """Let uv lock one .in file, for Python 3.11 and 3.12 on any platform."""
+def compile_lock(name: str, lock: Path, options: list[str]) -> None:
+    """Let uv write ``lock``: Python 3.11 and later, every platform, every hash."""
     command = ["uv", "pip", "compile", "--quiet", "--no-header", "--generate-hashes", "--universal"]
-    command += ["--python-version", "3.11", f"{name}.in", "-o", f"{name}.txt", *LOCKS[name]]
-    command += ["--config-file", "uv.toml"] if name == "run" else ["--no-config"]
-    run(command, name)
+    command += ["--python-version", "3.11", "--output-file", str(lock), *options]
+    run(*command, f"{name}.in")
 
 
-def hash_of_cpu_torch() -> str:
-    """Return the lock of the CPU image's torch: the wheel that pip's configuration gives.
-
-    uv cannot make it: it does not hash files that lie in a directory of wheels.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-r", "cpu.in"]
-        command += ["--only-binary", ":all:", "--platform", "manylinux_2_28_x86_64"]
-        command += ["--python-version", "3.11", "--dest", directory]
-        run(command, "cpu")
-        (wheel,) = Path(directory).iterdir()
-        name, version, _ = wheel.name.split("-", 2)
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    return f"{name}=={version} \\\n    --hash=sha256:{digest}\n    # via -r cpu.in\n"
+def download_cpu_torch(directory: str) -> None:
+    """Fetch the CPU image's torch as pip is configured to find it; uv does not know how."""
+    (pin,) = re.findall(r"^torch==.*$", (HERE / "cpu.in").read_text(encoding="utf-8"), re.M)
+    wanted = ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"]
+    wanted += ["--only-binary", ":all:", "--no-deps", "--quiet", "--dest", directory]
+    run(sys.executable, "-m", "pip", "download", *wanted, pin)
 
 
-def run(command: list[str], name: str) -> None:
+def run(*command: str) -> None:
     """Run a resolver in envs/, or stop with a sentence below its own words."""
     if subprocess.run(command, cwd=HERE).returncode:
-        sys.exit(f"error: envs/{name}.in was not locked; the lines above say why")
+        sys.exit(f"error: {command[-1]} could not be locked; the lines above say why")
 
 
 def header(name: str) -> str:
-    """Return a lock's first line. It has the hash of what a person wrote, so that a test sees an
-    .in file that was edited and not locked again.
+    """Return a lock's first line, with a hash of what people wrote.
+
+    So a test sees an .in file that was edited and not locked again.
     """
     digest = hashlib.sha256(repr(LOCKS[name]).encode())
     for source in (f"{name}.in", "torch.txt", "uv.toml"):
