@@ -36,6 +36,7 @@ include: "rules/micro_base.smk"
 localrules:
     all,
     prefetch,
+    preflight,
     download_model,
     download_corpus,
 
@@ -56,6 +57,16 @@ rule prefetch:
         f"{RUN}/base",
         f"{RUN}/corpus.json",
         f"{RUN}/corpus",
+
+
+rule preflight:
+    """Check all that can be checked, line by line, and stop before the first job (docs/cluster.md)."""
+    input:
+        rules.all.input,
+
+
+onstart:
+    look_before_the_first_job()
 
 
 onsuccess:

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from download_model import WANTED
-from longyarn import manifest, requests
+from longyarn import manifest, preflight, requests
 from longyarn.cli import UserError
 from longyarn.config import complete
 from snakemake.settings.types import DeploymentMethod
@@ -144,6 +144,12 @@ def variant_inputs(wildcards):
         "rope": f"{RUN}/rope/{rope}.json",
         "rope_files": ancient(f"{RUN}/rope/{rope}"),
     }
+
+
+def look_before_the_first_job():
+    """Stop with a sentence where something is amiss that would be found out late, or in the queue."""
+    if workflow.is_main_process and not workflow.touch:
+        preflight.look(preflight.of_workflow(workflow, config))
 
 
 def print_verdict():

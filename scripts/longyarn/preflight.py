@@ -1,0 +1,304 @@
+"""Checks before the first job: what would stop a run hours later, or in the queue, is said now.
+
+A check returns what it found, or raises: UserError for what has to be mended, NotChecked for what
+does not apply here or cannot be seen from here.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from longyarn.cli import UserError, first_line, require_space
+
+IS_OK, NOT_CHECKED, IS_WRONG = "ok", "not checked", "error"
+
+
+class NotChecked(Exception):
+    """A check that does not apply, or that cannot be made from here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is about to run, and where.
+
+    ``jobs`` are Snakemake's, those only that are not done. ``slurm`` is SLURM's executor, None where
+    jobs run on this machine. ``gpus`` is the limit that --resources gpu= sets, None without one.
+    """
+
+    config: dict
+    jobs: list
+    slurm: object | None
+    settings: object | None
+    retries: int
+    gpus: int | None
+
+    def has(self, rule: str) -> bool:
+        """Tell whether a job of a rule is about to run."""
+        return any(job.rule.name == rule for job in self.jobs)
+
+    def submitted(self) -> dict[str, object]:
+        """Return one job of each rule that SLURM is to run, by the rule's name."""
+        return {job.rule.name: job for job in self.jobs if not job.is_local}
+
+
+def of_workflow(workflow, config: dict) -> Run:
+    """Return what Snakemake is about to run; to be called from `onstart:`."""
+    order = [rule.name for rule in workflow.rules]
+    return Run(
+        config=config,
+        jobs=sorted(workflow.dag.needrun_jobs(), key=lambda job: order.index(job.rule.name)),
+        slurm=workflow.scheduler._executor if workflow.executor_plugin.name == "slurm" else None,
+        settings=workflow.executor_settings,
+        retries=workflow.execution_settings.retries,
+        gpus=workflow.global_resources.get("gpu"),
+    )
+
+
+def check(run: Run) -> Iterable[tuple[str, str, str]]:
+    """Yield each check's name, its outcome and a sentence."""
+    for function in CHECKS:
+        try:
+            yield function.__name__, IS_OK, function(run)
+        except NotChecked as reason:
+            yield function.__name__, NOT_CHECKED, str(reason)
+        except UserError as error:
+            yield function.__name__, IS_WRONG, str(error)
+
+
+def look(run: Run) -> None:
+    """Exit with what is amiss, one sentence each; where `preflight` is the target, say all and exit."""
+    asked = run.has("preflight")
+    wrong = 0
+    for name, outcome, sentence in check(run):
+        wrong += outcome == IS_WRONG
+        if outcome == IS_WRONG:
+            print(f"error: {sentence}", file=sys.stderr)
+        elif asked:
+            print(f"{name}: {outcome}: {sentence}", file=sys.stderr)
+    if wrong or asked:
+        sys.exit(1 if wrong else 0)
+
+
+def image(run: Run) -> str:
+    """Each image is there. Snakemake has pulled those of a registry before this runs."""
+    paths = {str(job.container_img_path) for job in run.jobs if job.container_img_path}
+    if not paths:
+        raise NotChecked("no job to come runs in a container (--sdm apptainer)")
+    for path in sorted(paths):
+        if not Path(path).exists():
+            raise UserError(f"the image {path} is missing; mend container.image")
+    return ", ".join(sorted(paths))
+
+
+def gpus(run: Run) -> str:
+    """This machine has the GPUs that its jobs ask for."""
+    wanted = max((int(job.resources.get("gpu", 0)) for job in run.jobs), default=0)
+    if not wanted:
+        raise NotChecked("no job to come asks for a GPU")
+    if run.slurm:
+        raise NotChecked("jobs run on SLURM's machines, and GPUs cannot be seen from here")
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = first_line(error) if not getattr(error, "stdout", None) else error.stdout.strip()
+        raise UserError(
+            f"training.gpus is {run.config['training']['gpus']}, but `nvidia-smi -L` fails here "
+            f"({said}); install NVIDIA's driver, or set training.gpus to 0 for the CPU"
+        ) from None
+    found = re.findall(r"^GPU \d+: (.*?) \(", done.stdout, re.M)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(found) if chosen is None else min(len(found), len(chosen.split(",")) * bool(chosen))
+    if count < wanted:
+        hidden = f" (CUDA_VISIBLE_DEVICES is {chosen!r})" if count < len(found) else ""
+        raise UserError(
+            f"a job asks for {wanted} GPUs, but this machine shows {count}{hidden}; lower training.gpus"
+        )
+    if run.gpus is None or run.gpus < wanted:
+        raise UserError(
+            f"Snakemake was not told of the {count} GPUs of this machine, so jobs would get in each "
+            f"other's way; add --resources gpu={count}"
+        )
+    return f"{count} × {found[0]}"
+
+
+def disk(run: Run) -> str:
+    """The results', the work and the cache directory hold what is to come."""
+    needed = disk_needed(run)
+    sizes: dict[int, tuple[Path, int]] = {}
+    for name, size in needed.items():
+        root = Path(run.config["paths"][name])
+        existing = next(path for path in [root, *root.absolute().parents] if path.exists())
+        _, before = sizes.get(existing.stat().st_dev, (root, 0))
+        sizes[existing.stat().st_dev] = (root, before + size)
+    for root, size in sizes.values():
+        require_space(root, size, "the run")
+    return ", ".join(f"{size / 1e9:.1f} GB needed at {root}" for root, size in sizes.values())
+
+
+def hub(run: Run) -> str:
+    """The hub gives the model, where it is still to be downloaded."""
+    import download_model
+
+    source, revision = run.config["model"]["source"], run.config["model"]["revision"]
+    if not run.has("download_model"):
+        raise NotChecked("the model is not among what is to be made")
+    if download_model.is_local(source):
+        raise NotChecked("model.source is a directory")
+    try:
+        download_model.hub_info(source, revision)
+    except ModuleNotFoundError as error:
+        raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
+    return f"{source} at {revision}"
+
+
+def slurm(run: Run) -> str:
+    """SLURM takes each request: `sbatch --test-only` checks it and submits nothing."""
+    if not run.slurm:
+        _stays_on_this_machine(run)
+    if not run.submitted():
+        raise NotChecked("no job to come is submitted")
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on this machine; start Snakemake where jobs are submitted")
+    for rule, job in run.submitted().items():
+        done = subprocess.run(sbatch_test(run, job), capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            raise UserError(_refusal(rule, job, done.stderr))
+    return f"accepts the requests of {', '.join(run.submitted())}"
+
+
+def walltime(run: Run) -> str:
+    """No job asks for more than its partition gives, and training can end within its attempts.
+
+    SLURM itself takes a request that is too long for its partition, and lets it wait for ever.
+    """
+    if not run.submitted():
+        raise NotChecked("no job to come is submitted")
+    limits = _partition_limits()
+    for rule, job in run.submitted().items():
+        minutes = job.resources.get("runtime")
+        _, partitions = shlex.split(run.slurm.get_partition_arg(job)) or ("", "")
+        for partition in partitions.split(","):
+            limit = limits.get(partition)
+            if minutes and limit and minutes > limit:
+                raise UserError(
+                    f"{rule} asks for {minutes} minutes, but partition {partition} gives {limit:.0f}; "
+                    f"set `runtime` of {rule} lower under set-resources in the profile (training goes on "
+                    "in the next attempt), or choose another partition"
+                )
+    if not run.has("train"):
+        return "within the partitions' limits"
+    minutes, needed = (
+        run.submitted()["train"].resources.get("runtime"),
+        0,
+    )
+    given = (1 + run.retries) * minutes
+    if needed > given:
+        raise UserError(
+            f"training needs about {needed:.0f} minutes, but {1 + run.retries} attempts of {minutes} give "
+            f"{given}; raise `retries` or train's `runtime` in the profile"
+        )
+    return f"training needs about {needed:.0f} minutes of the {given} that its attempts give"
+
+
+def disk_needed(run: Run) -> dict[str, int]:
+    """Return the bytes that the jobs to come add below each of the config's paths."""
+    return {"results": 0}
+
+
+CHECKS: tuple[Callable[[Run], str], ...] = (image, gpus, disk, hub, slurm, walltime)
+
+
+def sbatch_test(run: Run, job) -> list[str]:
+    """Return the command that SLURM's executor will submit a job with, told to submit nothing."""
+    from snakemake.exceptions import WorkflowError
+    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+    from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+    try:
+        given = {
+            "run_uuid": "preflight",
+            "slurm_logfile": os.devnull,
+            "comment_str": f"rule_{job.rule.name}",
+            "account": next(run.slurm.get_account_arg(job)),
+            "partition": run.slurm.get_partition_arg(job),
+            "workdir": None,
+        }
+        call = get_submit_command(job, given, settings=run.settings) + set_gres_string(job)
+    except WorkflowError as error:
+        account = job.resources.get("slurm_account")
+        raise UserError(
+            f"SLURM does not know slurm_account {account!r} of the profile ({first_line(error)}); mend it, "
+            "or leave it out"
+            if account and "account" in str(error)
+            else f"the request of {job.rule.name} cannot be made ({first_line(error)}); mend the profile"
+        ) from None
+    return [*shlex.split(call), "--test-only", "--wrap=true"]
+
+
+# What SLURM says, and what to mend. The first that fits counts.
+MENDS = {
+    "partition": "slurm_partition in the profile; `sinfo` lists the partitions",
+    "account": "slurm_account in the profile; `sacctmgr show associations user=$USER` lists yours",
+    "qos": "qos in the profile",
+    "time limit": "its `runtime`, under set-resources in the profile",
+    "feature": "constraint in the profile",
+    "node configuration": "its memory, GPUs (gpu_model, training.gpus) or training.nodes: no machine of "
+    "the partition has as much",
+}
+
+
+def _refusal(rule: str, job, said: str) -> str:
+    """Return a sentence for a request that SLURM refused."""
+    lines = [re.sub("^(sbatch: |error: |allocation failure: )*", "", x) for x in said.splitlines()]
+    reason = "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
+    mend = next((v for k, v in MENDS.items() if k in reason.lower()), "the profile")
+    asked = {
+        "slurm_partition": "partition {}", "nodes": "{} machines", "gpu": "{} GPUs",
+        "mem_mb": "{} MB", "runtime": "{} minutes",
+    }  # fmt: skip
+    resources = [
+        text.format(job.resources.get(k)) for k, text in asked.items() if job.resources.get(k)
+    ]
+    return f"SLURM refuses the job of {rule} ({', '.join(resources)}): {reason}; mend {mend}"
+
+
+def _stays_on_this_machine(run: Run) -> None:
+    nodes = run.config["training"]["nodes"]
+    if nodes > 1 and run.has("train") and "SLURM_JOB_ID" not in os.environ:
+        raise UserError(
+            f"training.nodes is {nodes}, but jobs run on this machine alone; add --workflow-profile "
+            "profiles/slurm, or set training.nodes to 1"
+        )
+    raise NotChecked("jobs run on this machine")
+
+
+def _partition_limits() -> dict[str, float]:
+    """Return the longest job of each partition in minutes, infinite where it has no limit."""
+    command = ["sinfo", "--noheader", "--format=%R|%l"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"`sinfo` fails here ({first_line(error)}); start Snakemake where jobs are submitted"
+        ) from None
+    lines = [line.rpartition("|") for line in done.stdout.splitlines()]
+    return {name: minutes_of(limit) for name, _, limit in lines}
+
+
+def minutes_of(limit: str) -> float:
+    """Return the minutes of SLURM's [days-][[hours:]minutes:]seconds; infinity for all else."""
+    days, _, clock = limit.rpartition("-")
+    try:
+        parts = [int(part) for part in clock.split(":")]
+        seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
+        return (86400 * int(days or 0) + seconds) / 60
+    except ValueError:  # infinite, n/a
+        return float("inf")
