@@ -4,17 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 CORES ?= 2
 CONFIG ?=
+PROFILE ?=
 TORCH_INDEX_URL ?=
 ifneq ($(CONFIG),)
 ifeq ($(wildcard $(CONFIG)),)
 $(error config file $(CONFIG) is missing; mend CONFIG)
 endif
 endif
-LAYERED := $(if $(CONFIG),--configfile $(CONFIG))
+LAYERED := $(if $(PROFILE),--workflow-profile $(PROFILE)) $(if $(CONFIG),--configfile $(CONFIG))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: run setup setup-dev test lint bench micro-base lock accept clean
+.PHONY: run setup setup-dev test lint bench micro-base prefetch preflight lock accept clean
 
 run: setup
 	snakemake --cores $(CORES) $(LAYERED)
@@ -49,6 +50,10 @@ lint: setup-dev
 
 bench: setup-dev
 	python benchmarks/run.py
+
+# What needs the network; and what can be checked before the first job (docs/cluster.md).
+prefetch preflight: setup
+	snakemake --cores $(CORES) $(LAYERED) -- $@
 
 # Train the micro base model anew, from the same books. It is committed, so nobody needs to.
 micro-base: setup
