@@ -15,7 +15,7 @@ configfile: "config.yaml"
 include: "rules/common.smk"
 
 
-container: config["container"]["image"]
+container: IMAGE
 
 
 include: "rules/download_model.smk"

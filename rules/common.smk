@@ -1,6 +1,7 @@
 """What the stages share: the checked configuration, the run's directory, and small functions."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from download_model import WANTED
-from longyarn import manifest, preflight, requests
+from longyarn import containers, manifest, preflight, requests
 from longyarn.cli import UserError
 from longyarn.config import complete
 from snakemake.settings.types import DeploymentMethod
@@ -21,10 +22,12 @@ except UserError as error:
 
 RUN = f"{config['paths']['results']}/{config['run']}"
 
-IMAGE = config["container"]["image"]
+IMAGE = containers.resolve(config, Path(workflow.basedir))
 IN_APPTAINER = (
     DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
 )
+if IN_APPTAINER:
+    os.environ.update(containers.environment(config))
 
 # The RoPE variant that training starts from, and those that are evaluated untrained.
 TRAINED_ROPE = (
@@ -100,7 +103,12 @@ def inside_image():
 
     As a param it makes a changed image run the rule again, which a container would do by itself.
     """
-    return containers.exec_command(IMAGE) if NODES > 1 and IN_APPTAINER else ""
+    if NODES == 1 or not IN_APPTAINER:
+        return ""
+    settings = workflow.deployment_settings
+    return containers.exec_command(
+        IMAGE, settings.apptainer_args, settings.apptainer_prefix
+    )
 
 
 def on_every_node():

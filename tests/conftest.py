@@ -24,6 +24,8 @@ PARTS = (
     "resources",
     "profiles",
     "tests",
+    "containers",
+    "envs",
 )
 
 
