@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from longyarn.cli import UserError, first_line, require_space
+from longyarn.cli import UserError, first_line
 
 IS_OK, NOT_CHECKED, IS_WRONG = "ok", "not checked", "error"
 
@@ -92,7 +92,8 @@ def image(run: Run) -> str:
         raise NotChecked("no job to come runs in a container (--sdm apptainer)")
     for path in sorted(paths):
         if not Path(path).exists():
-            raise UserError(f"the image {path} is missing; mend container.image")
+            sentence = containers.missing(run.config, Path(__file__).resolve().parents[2])
+            raise UserError(sentence or f"the image {path} is missing; mend container.image")
     return ", ".join(sorted(paths))
 
 
@@ -130,17 +131,71 @@ def gpus(run: Run) -> str:
 
 
 def disk(run: Run) -> str:
-    """The results', the work and the cache directory hold what is to come."""
-    needed = disk_needed(run)
-    sizes: dict[int, tuple[Path, int]] = {}
-    for name, size in needed.items():
-        root = Path(run.config["paths"][name])
-        existing = next(path for path in [root, *root.absolute().parents] if path.exists())
-        _, before = sizes.get(existing.stat().st_dev, (root, 0))
-        sizes[existing.stat().st_dev] = (root, before + size)
-    for root, size in sizes.values():
-        require_space(root, size, "the run")
-    return ", ".join(f"{size / 1e9:.1f} GB needed at {root}" for root, size in sizes.values())
+    """The disks below the config's paths hold what is to come; a first sum, in whole stages."""
+    disks: dict[int, list[tuple[str, str, float]]] = {}
+    for key, part, size in _to_come(run):
+        disks.setdefault(_device(run.config["paths"][key]), []).append((key, part, size))
+    told = []
+    for parts in disks.values():
+        keys = dict.fromkeys(f"paths.{key}" for key, _, _ in parts)
+        root = Path(run.config["paths"][parts[0][0]])
+        needed, free = sum(size for _, _, size in parts), shutil.disk_usage(_existing(root)).free
+        if free < needed:
+            most = ", ".join(f"{part} {size / 1e9:.2f} GB" for _, part, size in parts)
+            raise UserError(
+                f"{' and '.join(keys)} have {free / 1e9:.2f} GB free and about {needed / 1e9:.2f} GB are "
+                f"needed ({most}); free some, or set a path on another disk"
+            )
+        told.append(f"about {needed / 1e9:.2f} of {free / 1e9:.0f} GB free at {' and '.join(keys)}")
+    if not told:
+        raise NotChecked("nothing to come needs much")
+    return ", ".join(told)
+
+
+# Which stage writes what, by the names of estimate.disk, and below which of the config's paths.
+WRITES = {
+    "download_corpus": (("results", "corpus"),),
+    "tokenise": (("results", "tokens"),),
+    "pack": (("results", "packed sequences"),),
+    "train": (("work", "checkpoints"), ("results", "what is trained")),
+    "merge": (("results", "merged model"),),
+}
+
+
+def _to_come(run: Run) -> Iterable[tuple[str, str, float]]:
+    """Yield where, what and how many bytes the jobs to come write."""
+    from download_model import is_local
+    from longyarn import estimate, shapes
+
+    config = run.config
+    try:
+        shape = shapes.find(config)
+    except UserError as error:
+        raise NotChecked(str(error)) from None
+    if shape is None:
+        raise NotChecked("the model's size is unknown yet; set model.shape, or download it first")
+    source = config["model"]["source"]
+    parts = estimate.disk(shape, config)
+    for rule, places in WRITES.items():
+        if run.has(rule):
+            yield from ((key, part, parts[part]) for key, part in places)
+    if run.has("download_model"):
+        # Files are linked where one disk has both places, and copied elsewhere.
+        place = source if is_local(source) else config["paths"]["cache"]
+        if not is_local(source):
+            yield "cache", "base model", parts["base model"]
+        if _device(place) != _device(config["paths"]["results"]):
+            yield "results", "base model", parts["base model"]
+
+
+def _existing(path: str | Path) -> Path:
+    """Return a path, or the nearest directory above it that exists."""
+    path = Path(path).expanduser().absolute()
+    return next(place for place in [path, *path.parents] if place.exists())
+
+
+def _device(path: str | Path) -> int:
+    return _existing(path).stat().st_dev
 
 
 def hub(run: Run) -> str:
@@ -206,11 +261,6 @@ def walltime(run: Run) -> str:
             f"{given}; raise `retries` or train's `runtime` in the profile"
         )
     return f"training needs about {needed:.0f} minutes of the {given} that its attempts give"
-
-
-def disk_needed(run: Run) -> dict[str, int]:
-    """Return the bytes that the jobs to come add below each of the config's paths."""
-    return {"results": 0}
 
 
 CHECKS: tuple[Callable[[Run], str], ...] = (image, gpus, disk, hub, slurm, walltime)
