@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from longyarn import containers
 from longyarn.cli import UserError, first_line
 
 IS_OK, NOT_CHECKED, IS_WRONG = "ok", "not checked", "error"
@@ -131,7 +132,7 @@ def gpus(run: Run) -> str:
 
 
 def disk(run: Run) -> str:
-    """The disks below the config's paths hold what is to come; a first sum, in whole stages."""
+    """The disks below the config's paths have room for what is to come, by the plan's estimate."""
     disks: dict[int, list[tuple[str, str, float]]] = {}
     for key, part, size in _to_come(run):
         disks.setdefault(_device(run.config["paths"][key]), []).append((key, part, size))
