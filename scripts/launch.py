@@ -23,11 +23,10 @@ FIRST_PORT, PORTS = 20000, 20000
 
 def main() -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGQUIT"
     for number in (signal.SIGTERM, signal.SIGURG):
         signal.signal(number, pass_on)
     try:
-        run.main([*meeting_point(os.environ), *sys.argv[1:]])
+        run.main([*meeting_point(os.environ), "--signals-to-handle=SIGINT,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)

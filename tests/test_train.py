@@ -113,13 +113,15 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_weights(finished_copy):
     run = finished_copy.directory / "results" / "tests"
     before = manifest.read(run / "trained.json")
     work = next((finished_copy.directory / "work").iterdir())
-    assert {path.name for path in work.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    first = work / "attempt-0001"
+    assert {path.name for path in first.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     # Stopped after step 2, while the next checkpoint was being written.
-    (work / "checkpoint-4" / "trainer_state.json").unlink()
-    shutil.rmtree(work / "final")
+    (first / "checkpoint-4" / "whole.json").unlink()
+    shutil.rmtree(first / "final")
     (run / "trained.json").unlink()
     done = finished_copy.snakemake("results/tests/trained.json")
-    assert "resuming from checkpoint-2" in done.stdout
+    assert "resuming from attempt-0001/checkpoint-2" in done.stdout
+    assert [path.name for path in work.iterdir()] == ["attempt-0002"]
     after = manifest.read(run / "trained.json")
     assert after["files"] == before["files"]
     assert after["facts"]["loss"] == before["facts"]["loss"]

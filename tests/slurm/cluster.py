@@ -119,10 +119,19 @@ class Cluster:
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        munge = {"key": key, "socket": "munge.sock", "pid": "munge.pid", "log": "munge.log", "seed": "seed"}
-        options = [f"--{name}-file={self.root / file}" for name, file in munge.items() if name != "socket"]
+        munge = {
+            "key": key,
+            "socket": "munge.sock",
+            "pid": "munge.pid",
+            "log": "munge.log",
+            "seed": "seed",
+        }
+        options = [
+            f"--{name}-file={self.root / file}" for name, file in munge.items() if name != "socket"
+        ]
         self._spawn(
-            "munged", ["munged", "--foreground", "--force", f"--socket={self.root}/munge.sock", *options]
+            "munged",
+            ["munged", "--foreground", "--force", f"--socket={self.root}/munge.sock", *options],
         )
         wait_for(lambda: (self.root / "munge.sock").exists(), 10, "munged's socket")
         self._spawn("slurmctld", ["slurmctld", "-D", "-c"])
@@ -132,7 +141,9 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd, under a hostname of its own."""
-        self._spawn(node, ["unshare", "--uts", "sh", "-c", f"hostname {node}; exec slurmd -D -N {node}"])
+        self._spawn(
+            node, ["unshare", "--uts", "sh", "-c", f"hostname {node}; exec slurmd -D -N {node}"]
+        )
 
     def kill_node(self, node: str) -> None:
         """Kill a node's slurmd as a crash would; what its jobs started lives on, as orphans."""
@@ -163,7 +174,9 @@ class Cluster:
         found: list[dict] = []
 
         def there() -> bool:
-            found[:] = [j for j in self.jobs() if j["rule"] == f"rule_{rule}" and j["state"] == state]
+            found[:] = [
+                j for j in self.jobs() if j["rule"] == f"rule_{rule}" and j["state"] == state
+            ]
             return bool(found)
 
         wait_for(there, within, f"a job of rule {rule} to be {state}")
