@@ -99,10 +99,7 @@ def request(stage, what):
 
 
 def inside_image():
-    """Return the command that enters the image, where a rule has to call it by itself.
-
-    As a param it makes a changed image run the rule again, which a container would do by itself.
-    """
+    """Return the command that enters the image, where a rule has to call it by itself."""
     if NODES == 1 or not IN_APPTAINER:
         return ""
     settings = workflow.deployment_settings

@@ -33,20 +33,23 @@ rule train:
         mem_mb=request("train", "mem_mb"),
         runtime=request("train", "runtime"),
         gpu=config["training"]["nodes"] * config["training"]["gpus"],
-        # Not params, which are provenance: a changed evaluation must not train again.
+        # Not params, which are provenance: a changed evaluation must not train again, nor another way
+        # to start the same program.
         evaluation=evaluation_lengths(),
+        inside_image=inside_image(),
+        on_every_node=on_every_node(),
     params:
         code=code("train"),
         settings=as_json(config["training"]),
-        image=inside_image(),
-        every_node=on_every_node(),
+        # What `container:` does by itself: another image trains again.
+        image=IMAGE if IN_APPTAINER and not TRAINING_IMAGE else "",
         processes=max(1, config["training"]["gpus"]),
         work=config["paths"]["work"],
     shell:
         # SIGTERM is for the training processes: they save and end, and all else ends after them.
-        "trap '' TERM; ({params.image} python scripts/check_evaluation.py --base {input.base}"
+        "trap '' TERM; ({resources.inside_image} python scripts/check_evaluation.py --base {input.base}"
         " --tokens {input.tokens} {resources.evaluation} && "
-        "{params.every_node} {params.image} python scripts/launch.py"
+        "{resources.on_every_node} {resources.inside_image} python scripts/launch.py"
         " --nproc-per-node {params.processes} scripts/train.py"
         " --base {input.base} --rope {input.rope} --pack {input.pack} --settings {params.settings}"
         " --work {params.work:q} --minutes {resources.runtime}"
