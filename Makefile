@@ -15,13 +15,14 @@ LAYERED := $(if $(PROFILE),--workflow-profile $(PROFILE)) $(if $(CONFIG),--confi
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: run setup setup-dev test lint bench micro-base prefetch preflight lock accept clean
+.PHONY: run setup setup-dev setup-slurm test test-slurm lint bench micro-base prefetch preflight lock accept clean
 
 run: setup
 	snakemake --cores $(CORES) $(LAYERED)
 
 setup: $(VENV)/.run
 setup-dev: $(VENV)/.dev
+setup-slurm: $(VENV)/.slurm
 
 # torch alone first, so that pip's configuration (or TORCH_INDEX_URL) decides on the build; then all
 # the rest, complete and hash-checked, so that nothing unpinned can come along.
@@ -39,8 +40,19 @@ $(VENV)/.dev: $(VENV)/.run envs/dev.txt
 	python -m pip install --quiet --require-hashes --no-deps -r envs/dev.txt
 	touch $@
 
-test: setup-dev
+# What submits to SLURM. Not part of setup: every Snakemake then starts most of a second later.
+$(VENV)/.slurm: $(VENV)/.run envs/slurm.txt
+	python -m pip install --quiet --require-hashes --no-deps -r envs/slurm.txt
+	python -m pip check
+	touch $@
+
+# Suites that need Debian packages skip without them, and say so; test-slurm installs SLURM, as root.
+test: setup-dev setup-slurm
 	python -m pytest tests
+
+test-slurm: setup-dev setup-slurm
+	tests/slurm/install
+	python -m pytest tests/test_slurm.py
 
 lint: setup-dev
 	ruff check .
