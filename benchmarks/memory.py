@@ -1,0 +1,210 @@
+"""Measure the peak memory of our training stage and compare it with the plan's estimate.
+
+For each case a random model is made and trained for one step by the stages themselves, each in its
+own process; the peak is the training process's largest resident set. What Python and the libraries
+take is measured in the same way, with a model of almost nothing, and subtracted. Takes the names of
+cases, or none for all; tests/test_estimate.py runs the quick ones.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from longyarn import estimate, manifest, shapes  # noqa: E402
+from longyarn.config import complete  # noqa: E402
+
+MICRO = json.loads((ROOT / "resources/micro-base/config.json").read_text())
+NOTHING = MICRO | {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+# The sizes of Llama-3.2-1B.
+ONE_BILLION = MICRO | {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+}  # fmt: skip
+# A case is a config.json, a length, and what differs from `TRAINING`.
+TRAINING = {
+    "steps": 2, "learning_rate": 1.0e-4, "warmup_steps": 0, "precision": "fp32", "threads": 2, "logging_steps": 1,
+    "gradient_checkpointing": False,
+}  # fmt: skip
+CASES = {
+    "nothing": (NOTHING, 128, {}),
+    "micro": (MICRO, 4096, {}),
+    "micro-checkpointing": (MICRO, 4096, {"gradient_checkpointing": True}),
+    "micro-full": (MICRO, 4096, {"mode": "full", "zero_stage": 3}),
+    "micro-eager": (MICRO, 2048, {"attention": "eager"}),
+    "1b": (ONE_BILLION, 256, {"steps": 1, "gradient_checkpointing": True, "precision": "bf16"}),
+    "1b-1024": (
+        ONE_BILLION,
+        1024,
+        {"steps": 1, "gradient_checkpointing": True, "precision": "bf16"},
+    ),
+    "1b-kept": (ONE_BILLION, 512, {"steps": 1, "precision": "bf16"}),
+}
+MAKE_MODEL = """
+import json, sys, torch, transformers
+config = json.loads(sys.argv[1])
+config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+with torch.device("meta"):
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+model.to_empty(device="cpu")
+for tensor in [*model.parameters(), *model.buffers()]:
+    torch.nn.init.normal_(tensor, std=0.02)
+model.tie_weights()
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def configuration(case: str) -> dict:
+    """Return the whole configuration of a case."""
+    _, length, changes = CASES[case]
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    config["rope"]["target_length"] = length
+    config["training"] = TRAINING | changes
+    for instrument in ("perplexity", "passkey"):
+        config["evaluation"][instrument]["lengths"] = [64]
+    return complete(config, ROOT / "schemas" / "config.schema.yaml")
+
+
+def estimated(case: str) -> tuple[float, float]:
+    """Return the plan's estimates of both peaks in bytes; it knows nothing of the libraries."""
+    parts = estimate.memory(shapes.Shape.of(CASES[case][0]), estimate.Setup.of(configuration(case)))
+    return estimate.peak(parts | {"saving": 0}), estimate.peak(parts)
+
+
+def measured(case: str) -> tuple[int, int]:
+    """Return both peaks of a case in bytes, with the libraries."""
+    with tempfile.TemporaryDirectory() as directory:
+        return peaks(case, Path(directory))
+
+
+def libraries() -> float:
+    """Return the bytes that Python and the libraries take."""
+    return measured("nothing")[0] - estimated("nothing")[0]
+
+
+def peaks(case: str, work: Path) -> tuple[int, int]:
+    """Train a case below the directory ``work``; return the peak resident bytes of steps, and of all.
+
+    Between the two lies saving, for which the Trainer copies the model.
+    """
+    sizes, length, _ = CASES[case]
+    sizes = sizes | {"max_position_embeddings": length}
+    run([sys.executable, "-c", MAKE_MODEL, json.dumps(sizes), work / "model"])
+    stage("download_model", work, "base", "--source", work / "model", "--cache", work)
+    rope = json.dumps({"method": "none", "write_config": True})
+    stage("patch_rope", work, "rope", "--base", work / "base.json", "--settings", rope)
+    write_pack(work, length, sizes["vocab_size"])
+    settings = configuration(case)["training"]
+    steps = []
+
+    def at_last_step(line: str) -> None:
+        if line.startswith(f"train: step {settings['steps']}/"):
+            steps.append(high_water("train.py", str(work)))
+
+    whole = run(
+        [
+            sys.executable, ROOT / "scripts/launch.py", "--standalone", "--nproc-per-node", "1",
+            ROOT / "scripts/train.py", "--base", work / "base.json", "--rope", work / "rope.json",
+            "--pack", work / "pack.json", "--settings", json.dumps(settings),
+            "--work", work / "work", "--manifest", work / "trained.json",
+            "--output", work / "trained",
+        ],
+        at_last_step,
+    )  # fmt: skip
+    return steps[0], whole
+
+
+def high_water(script: str, argument: str) -> int:
+    """Return the largest resident set so far, in bytes, of the process that runs a script."""
+    sizes = [0]
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # a process that has just ended
+            command = status.with_name("cmdline").read_text().split("\0")
+            if any(part.endswith(script) for part in command[:4]) and argument in str(command):
+                lines = status.read_text().splitlines()
+                sizes += [int(line.split()[1]) * 1024 for line in lines if "VmHWM" in line]
+    return max(sizes)
+
+
+def stage(name: str, work: Path, output: str, *arguments) -> None:
+    """Run a stage's program, its manifest and payload named ``output``."""
+    script = ROOT / "scripts" / f"{name}.py"
+    where = ["--manifest", work / f"{output}.json", "--output", work / output]
+    run([sys.executable, script, *where, *arguments])
+
+
+def run(command: list, see=lambda line: None) -> int:
+    """Run a command, show ``see`` its lines, return the peak resident bytes of its largest process.
+
+    The threshold makes glibc give freed tensors back; with its own, moving one, a model of so small
+    tensors as the micro one holds a good part of them.
+    """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        see(line)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{command[1]} failed\n{''.join(lines[-40:])}")
+    return usage.ru_maxrss * 1024
+
+
+def write_pack(work: Path, length: int, vocabulary: int) -> None:
+    """Write two sequences of two random pieces as the stage pack would, so that masks are in force."""
+    from safetensors.numpy import save_file
+
+    (work / "pack").mkdir()
+    file = work / "pack" / "pack.safetensors"
+    tokens = np.random.default_rng(0).integers(vocabulary, size=(2, length), dtype=np.int32)
+    pieces = np.asarray([length // 2] * 4, np.int32)
+    offsets = np.asarray([0, 2, 4], np.int64)
+    save_file({"input_ids": tokens, "piece_lengths": pieces, "piece_offsets": offsets}, file)
+    manifest.write(
+        work / "pack.json",
+        script=ROOT / "scripts/pack.py",
+        settings={},
+        inputs={},
+        files=[file],
+        facts={"document_masks": True, "sequence_length": length, "sequences": 2},
+    )
+
+
+def main() -> None:
+    """Print each case's peaks in MiB, without the libraries, beside the estimates."""
+    base = libraries()
+    print(f"libraries {base / 2**20:.0f} MiB")
+    print(
+        f"{'case':22}{'steps':>10}{'estimate':>10}{'ratio':>8}{'all':>10}{'estimate':>10}{'ratio':>8}"
+    )
+    for case in sys.argv[1:] or list(CASES)[1:]:
+        pairs = zip(measured(case), estimated(case), strict=True)
+        columns = [
+            f"{(own - base) / 2**20:10.0f}{guess / 2**20:10.0f}{guess / (own - base):8.2f}"
+            for own, guess in pairs
+        ]
+        print(f"{case:22}{''.join(columns)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""What a run costs, from sizes alone: memory of a GPU, arithmetic, disk. docs/planning.md explains.
+
+Bytes and floating-point operations are plain numbers. The memory model describes what our training
+stage does (scripts/train.py: DeepSpeed on transformers' own loss), read from its libraries' code and
+measured on a CPU; on a GPU it is unproved.
+"""
+
+from dataclasses import dataclass, field
+
+from longyarn import batches
+from longyarn.shapes import Shape
+
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a number
+GIB = 2**30
+# DeepSpeed's defaults, in numbers: the bucket in which gradients are reduced, and the gathered
+# weights that ZeRO-3 keeps at hand.
+REDUCE_BUCKET = 500_000_000
+LIVE_PARAMETERS = 1_000_000_000
+CUDA_CONTEXT = 1 * GIB  # CUDA, cuBLAS and NCCL themselves: an allowance, not measured by us
+EVALUATED_AT_ONCE = 16384  # tokens of prompts in a forward pass of scripts/passkey.py
+LOGITS_AT_ONCE = 1024  # positions of logits that scripts/perplexity.py holds
+CHECKPOINTS_KEPT = 2  # scripts/train.py
+TEXT_PER_TOKEN = 5  # bytes of text, about; English has 4 to 5
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides on the memory of a training process. Offload and sequence parallelism are not in
+    the config yet; the published figures that the model is tested by have them.
+    """
+
+    length: int  # tokens of a sequence
+    micro_batch: int = 1
+    mode: str = "lora"
+    lora: dict = field(default_factory=dict)
+    precision: str = "bf16"
+    zero_stage: int = 2
+    processes: int = 1
+    gradient_checkpointing: bool = True
+    attention: str = "sdpa"
+    document_masks: bool = True
+    on_gpu: bool = True
+    offload_weights: bool = False
+    offload_optimizer: bool = False
+    sequence_parallel: int = 1
+
+    @classmethod
+    def of(cls, config: dict) -> "Setup":
+        """Return the setup of a whole configuration."""
+        training = config["training"]
+        return cls(
+            length=config["rope"]["target_length"],
+            micro_batch=training["micro_batch_size"],
+            processes=batches.processes(training),
+            document_masks=config["mix"]["document_masks"],
+            on_gpu=training["gpus"] > 0,
+            **{
+                key: training[key]
+                for key in (
+                    "mode", "lora", "precision", "zero_stage", "gradient_checkpointing", "attention",
+                )
+            },
+        )  # fmt: skip
+
+
+def memory(shape: Shape, setup: Setup) -> dict[str, float]:
+    """Return the bytes of each part of one process's memory; ``peak`` adds them up.
+
+    ZeRO's shares: arXiv 1910.02054, section 5. Activations: as arXiv 2205.05198 counts them, for
+    what transformers' decoder layers keep.
+    """
+    width = WIDTH[setup.precision]
+    trained = shape.trained_parameters(setup.mode, setup.lora)
+    held = shape.parameters + (trained if setup.mode == "lora" else 0)
+    shares = [setup.processes if setup.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    states, gradients, weights = (trained / shares[0], trained / shares[1], held / shares[2])
+    gathered = 0.0
+    if setup.zero_stage == 3 and (setup.processes > 1 or setup.offload_weights):
+        gathered = min(held, LIVE_PARAMETERS)
+    if setup.offload_weights:
+        weights = 0.0
+    if setup.offload_optimizer:
+        states = gradients = 0.0
+    # In float32, stages 0 and 3 update the weights themselves; else there is a float32 copy.
+    copied = setup.precision != "fp32" or setup.zero_stage in (1, 2)
+    bucket = trained if setup.zero_stage or setup.processes > 1 else 0
+    if setup.on_gpu and setup.zero_stage:
+        bucket = REDUCE_BUCKET  # allocated whole; on a CPU the system gives only what is written
+    kept, layer, largest = activations(shape, setup)
+    tokens = setup.micro_batch * setup.length / setup.sequence_parallel
+    logits = 12 * shape.vocab_size * tokens  # log-softmax and two gradients of it, in float32
+    largest = max(largest, 4 * shape.vocab_size * tokens)
+    return {
+        "weights": width * (weights + gathered),
+        "gradients": width * gradients,
+        "reduce bucket": width * min(bucket, REDUCE_BUCKET),
+        "master copies": 4 * states * copied,
+        "optimizer state": 8 * states,
+        "activations kept": kept,
+        "one layer at work": layer,
+        "logits and loss": logits,
+        "optimizer step": 4 * states,
+        # The Trainer copies the whole model, a tied head once more, to host memory to save it.
+        "saving": 0.0 if setup.on_gpu else saved_copy(shape, setup),
+        "CUDA context": CUDA_CONTEXT * setup.on_gpu,
+        "fragmentation": largest * setup.on_gpu,
+    }
+
+
+def peak(parts: dict[str, float]) -> float:
+    """Return the most bytes held at once.
+
+    The backward pass of the loss, that of a layer, the optimizer's step and saving follow one another.
+    """
+    passing = (
+        "activations kept", "one layer at work", "logits and loss", "optimizer step", "saving",
+    )  # fmt: skip
+    kept, layer, logits, step, saving = (parts[name] for name in passing)
+    lasting = sum(size for name, size in parts.items() if name not in passing)
+    return lasting + max(kept + max(layer, logits), step, saving)
+
+
+def saved_copy(shape: Shape, setup: Setup) -> float:
+    """Return the bytes of host memory in which a process copies the model when it saves."""
+    tied = shape.embedding_parameters * shape.tie_word_embeddings
+    trained = shape.trained_parameters(setup.mode, setup.lora)
+    held = shape.parameters + tied + (trained if setup.mode == "lora" else 0)
+    return WIDTH[setup.precision] * held
+
+
+def activations(shape: Shape, setup: Setup) -> tuple[float, float, float]:
+    """Return bytes kept for the backward pass, bytes of a layer's own backward, and of one tensor.
+
+    The last is the largest tensor of a layer, for the allowance for fragmentation.
+    """
+    width, length = WIDTH[setup.precision], setup.length
+    tokens = setup.micro_batch * length / setup.sequence_parallel
+    hidden, middle, queries = shape.hidden_size, shape.intermediate_size, shape.attention_size
+    dense = setup.attention == "eager"
+    masked = setup.attention == "sdpa" and setup.document_masks
+    keys = queries if dense or masked else shape.key_value_size  # repeated for each head, or not
+
+    # Numbers kept of a token, in float32: the inputs of the two norms.
+    norms = 2 * hidden + shape.qk_norm * (queries + keys)
+    # In the model's type: queries, keys, values and what attention gives; gate, its SiLU and up.
+    numbers = 2 * queries + 2 * keys + 3 * middle
+    every = setup.mode == "full" or setup.lora["targets"] == "all-linear"
+    numbers += 2 * hidden + middle if every else hidden  # inputs of the matrices that are trained
+    if setup.mode == "lora":
+        numbers += setup.lora["rank"] * len(shape.linears(setup.lora["targets"]))
+    if setup.mode == "full" or setup.lora["train_norms"]:
+        numbers += 2 * hidden
+    layer = tokens * (4 * norms + width * numbers)
+    # Gradients on their way through the MLP, or through the dense attention.
+    moving = tokens * width * (2 * middle + hidden)
+    pairs = setup.micro_batch * length**2  # of positions; SDPA's mask is one for all heads
+    shared, largest = 0.0, tokens * width * middle
+    if masked:
+        shared = pairs  # one byte each, for all layers; in each layer a copy in the model's type
+        layer += width * pairs
+        largest = max(largest, width * pairs)
+    if dense:
+        scores = pairs * shape.num_attention_heads / setup.sequence_parallel
+        layer += scores * (4 + width * (width < 4))  # softmax in float32, and cast
+        moving = max(moving, 2 * 4 * scores)
+        largest = max(largest, 4 * scores)
+    last = tokens * hidden * (4 + width)  # the last norm's input and output
+    if setup.gradient_checkpointing:
+        inputs = tokens * hidden * width
+        return shape.num_hidden_layers * inputs + shared + last, layer + moving, largest
+    return shape.num_hidden_layers * layer + shared + last, moving, largest
+
+
+def evaluation_memory(shape: Shape, evaluation: dict, on_gpu: bool) -> tuple[float, float]:
+    """Return bytes of the weights and of all else of an evaluation job; no gradients are kept."""
+    width = WIDTH[evaluation["precision"]]
+    longest = max(
+        length for name in ("perplexity", "passkey") for length in evaluation[name]["lengths"]
+    )
+    tokens = max(longest, EVALUATED_AT_ONCE)
+    work = tokens * width * (3 * shape.intermediate_size + 4 * shape.hidden_size)
+    work += tokens * 4 * shape.hidden_size
+    work += LOGITS_AT_ONCE * shape.vocab_size * (width + 8)
+    if evaluation["attention"] == "eager":
+        work += 2 * 4 * shape.num_attention_heads * longest * tokens
+    return width * shape.parameters, work + CUDA_CONTEXT * on_gpu
+
+
+def forward_flops(shape: Shape, length: int) -> tuple[float, float, float]:
+    """Return operations of a token's forward pass: layers' matrices, output head, attention.
+
+    A multiply-add counts as two. Attention is causal, so a token meets length/2 others on average:
+    2 × 2 × length/2 × width of the queries, in each layer.
+    """
+    head = shape.embedding_parameters
+    attention = 2 * length * shape.attention_size * shape.num_hidden_layers
+    return 2 * (shape.matrix_parameters - head), 2 * head, attention
+
+
+def training_flops(shape: Shape, setup: Setup, tokens: float) -> float:
+    """Return the operations of training on ``tokens`` tokens, those of recomputing included.
+
+    The backward pass costs two forward passes (arXiv 2205.05198, appendix A): gradients of inputs,
+    and of weights. With LoRA the frozen matrices need only the first.
+    """
+    matrices, head, attention = forward_flops(shape, setup.length)
+    flops = 3 * (matrices + head + attention)
+    if setup.mode == "lora":
+        flops -= matrices + head
+        flops += 6 * shape.trained_parameters(setup.mode, setup.lora)
+    if setup.gradient_checkpointing:
+        flops += matrices + attention
+    return flops * tokens
+
+
+def evaluation_flops(shape: Shape, config: dict, instrument: str) -> float:
+    """Return the operations of one instrument on one variant."""
+    settings = config["evaluation"][instrument]
+    total = 0.0
+    for length in settings["lengths"]:
+        if instrument == "perplexity":
+            stride = settings["stride"] or length
+            taken = settings["tokens_per_document"] * len(config["corpus"]["held_out"])
+            tokens = taken * length / stride
+        else:
+            tokens = length * settings["trials"] * len(settings["depths"])
+        total += tokens * sum(forward_flops(shape, length))
+    return total
+
+
+def training_tokens(config: dict) -> int | None:
+    """Return the tokens that training reads, or None where only the corpus tells: epochs of all."""
+    training, budget = config["training"], config["mix"]["token_budget"]
+    if training["steps"] is not None:
+        return training["steps"] * training["batch_size"] * config["rope"]["target_length"]
+    return None if budget is None else round(training["epochs"] * budget)
+
+
+def packed_tokens(config: dict) -> int | None:
+    """Return the tokens of the packed sequences; without a budget, as many as training reads."""
+    return config["mix"]["token_budget"] or training_tokens(config)
+
+
+def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float]:
+    """Return bytes on disk by part; ``base`` is the size of the base's weights where it is known."""
+    training = config["training"]
+    width = WIDTH[training["precision"]]
+    trained = shape.trained_parameters(training["mode"], training["lora"])
+    base = base or 2 * shape.parameters
+    packed = packed_tokens(config) or 0
+    # A checkpoint: what is trained, twice (as DeepSpeed and as the Trainer save it), and in float32
+    # the master copies and AdamW's two averages.
+    checkpoint = trained * (2 * width + 12)
+    return {
+        "base model": base,
+        "corpus": packed * TEXT_PER_TOKEN,
+        "tokens": packed * 4,
+        "packed sequences": packed * 4,
+        "checkpoints": CHECKPOINTS_KEPT * checkpoint + width * trained,
+        "what is trained": width * trained,
+        "merged model": base,
+    }
