@@ -63,6 +63,8 @@ def pip_for_the_build(torch_index_url: str) -> Iterator[dict[Path, str]]:
             path = Path(word.removeprefix("file://"))
             if not path.is_absolute() or not path.exists():
                 return word
+            if word.startswith("file://"):  # an index, whose links lead to directories beside it
+                path = path.parent
             name = str(len(binds))
             (mount / name).mkdir() if path.is_dir() else (mount / name).touch()
             binds[path.resolve()] = f"/mnt/{name}"

@@ -1,0 +1,1 @@
+"""Real containers for the tests; see images.py."""
