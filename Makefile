@@ -15,7 +15,7 @@ LAYERED := $(if $(PROFILE),--workflow-profile $(PROFILE)) $(if $(CONFIG),--confi
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: run setup setup-dev setup-slurm test test-slurm lint bench micro-base prefetch preflight lock accept clean
+.PHONY: run setup setup-dev setup-slurm test test-slurm lint bench micro-base prefetch preflight lock image sif test-containers accept clean
 
 run: setup
 	snakemake --cores $(CORES) $(LAYERED)
@@ -54,6 +54,10 @@ test-slurm: setup-dev setup-slurm
 	tests/slurm/install
 	python -m pytest tests/test_slurm.py
 
+test-containers: setup-dev
+	tests/containers/install
+	python -m pytest tests/test_containers.py
+
 lint: setup-dev
 	ruff check .
 	ruff format --check .
@@ -75,6 +79,15 @@ micro-base: setup
 # Write the hash-locked requirements from the short .in files.
 lock: setup-dev
 	python envs/lock.py
+
+# The image of the stages, cpu or cuda (containers/README.md): pushed, or as one file without root.
+IMAGE ?= cpu
+REGISTRY ?=
+BUILD = python containers/build.py --image $(IMAGE) $(if $(TORCH_INDEX_URL),--torch-index-url $(TORCH_INDEX_URL))
+image: setup
+	$(BUILD) push --registry "$(REGISTRY)"
+sif: setup
+	$(BUILD) sif $(if $(CONFIG),--config $(CONFIG))
 
 # Declare that changed code makes no difference to results; docs/reruns.md says when that is right.
 accept: setup
