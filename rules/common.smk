@@ -16,6 +16,7 @@ from snakemake.settings.types import DeploymentMethod
 
 try:
     config = complete(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml")
+    requests.check(config)
 except UserError as error:
     # Snakemake would print a WorkflowError with a piece of traceback.
     sys.exit(f"error: {error}")
@@ -94,7 +95,7 @@ def rope_settings(wildcards):
 
 
 def request(stage, what):
-    """Return a resource of a stage, `mem_mb` or `runtime`, as a function that grows with attempts."""
+    """Return a resource of a stage, mem_mb, runtime or gpu, as a function of the attempt."""
     return lambda wildcards, attempt: requests.request(config, stage, what, attempt)
 
 

@@ -14,7 +14,7 @@ rule passkey:
     resources:
         mem_mb=request("passkey", "mem_mb"),
         runtime=request("passkey", "runtime"),
-        gpu=min(1, config["training"]["gpus"]),
+        gpu=request("passkey", "gpu"),
     params:
         code=code("passkey"),
         precision=config["evaluation"]["precision"],
@@ -28,6 +28,6 @@ rule passkey:
     shell:
         "python scripts/passkey.py --variant {wildcards.variant} --model {input.model}"
         " --rope {input.rope} --precision {params.precision} --attention {params.attention}"
-        " --threads {params.threads} --lengths {params.lengths} --depths {params.depths}"
-        " --trials {params.trials} --digits {params.digits} --seed {params.seed}"
+        " --threads {params.threads} --gpus {resources.gpu} --lengths {params.lengths}"
+        " --depths {params.depths} --trials {params.trials} --digits {params.digits} --seed {params.seed}"
         " --manifest {output.manifest} 2>&1 | tee {log}"

@@ -16,7 +16,7 @@ rule perplexity:
     resources:
         mem_mb=request("perplexity", "mem_mb"),
         runtime=request("perplexity", "runtime"),
-        gpu=min(1, config["training"]["gpus"]),
+        gpu=request("perplexity", "gpu"),
     params:
         code=code("perplexity"),
         precision=config["evaluation"]["precision"],
@@ -28,6 +28,7 @@ rule perplexity:
     shell:
         "python scripts/perplexity.py --variant {wildcards.variant} --model {input.model}"
         " --rope {input.rope} --precision {params.precision} --attention {params.attention}"
-        " --threads {params.threads} --tokens {input.tokens} --lengths {params.lengths}"
-        " {params.stride} --tokens-per-document {params.tokens} --manifest {output.manifest}"
+        " --threads {params.threads} --gpus {resources.gpu} --tokens {input.tokens}"
+        " --lengths {params.lengths} {params.stride} --tokens-per-document {params.tokens}"
+        " --manifest {output.manifest}"
         " 2>&1 | tee {log}"

@@ -144,7 +144,7 @@ def token_losses(model, ids: np.ndarray, length: int, stride: int | None) -> np.
             for at in range(first, end, LOGITS_AT_ONCE):
                 to = min(at + LOGITS_AT_ONCE, end)
                 logits = model.get_output_embeddings()(hidden[at - 1 - begin : to - 1 - begin])
-                targets = window[0, at - begin : to - begin]
+                targets = window[0, at - begin : to - begin].to(logits.device)
                 loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
                 losses[at:to] = loss.double().cpu().numpy()
     return losses

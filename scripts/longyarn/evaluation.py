@@ -15,11 +15,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], required=True)
     parser.add_argument("--attention", required=True, help="transformers' attn_implementation")
     parser.add_argument("--threads", type=int, required=True, help="CPU threads")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread the layers over")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
 
 
 def load(arguments: argparse.Namespace):
-    """Return the variant's model, ready to evaluate, on the GPU where there is one.
+    """Return the variant's model, ready to evaluate, on the GPU where there is one, or over several.
 
     A merged model must carry its RoPE by itself; an untrained variant gets it from its manifest.
     """
@@ -41,7 +42,22 @@ def load(arguments: argparse.Namespace):
             f"evaluation.attention {arguments.attention} cannot be used here ({error}); install it or "
             "set sdpa"
         ) from None
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model.eval()
+    if arguments.gpus > 1 and torch.cuda.is_available():
+        return spread(model, arguments.gpus)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def spread(model, gpus: int):
+    """Return the model with its layers over this many GPUs; a batch passes from one to the next."""
+    import torch
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = {"no_split_module_classes": list(model._no_split_modules)}
+    free = {number: torch.cuda.mem_get_info(number)[0] for number in range(gpus)}
+    room = get_balanced_memory(model, free, **whole)
+    return dispatch_model(model, infer_auto_device_map(model, max_memory=room, **whole))
 
 
 def model_directory(arguments: argparse.Namespace) -> Path:

@@ -1,10 +1,192 @@
-"""What each stage asks of a cluster: memory, minutes and GPUs, derived from the config."""
+"""What each stage asks of a machine: memory, minutes and GPUs, derived from the config.
 
-LEAST_MB = 1000  # Snakemake starts anew inside a job, about 140 MB a level
+Cheap, because Snakemake starts anew in every job: nothing is read but small YAML and JSON files.
+"""
+
+import functools
+import math
+from pathlib import Path
+
+import yaml
+
+from longyarn import estimate, shapes
+from longyarn.cli import UserError
+from longyarn.shapes import Shape
+
+ROOT = Path(__file__).resolve().parents[2]
 GROWTH = 1.5  # of memory and minutes, with each attempt
+MIB = 2**20
+# Python, the libraries, and the two Snakemakes that start a job in a job (140 MB each); measured.
+PROCESS = 1200 * MIB
+GPU_PROCESS = 4000 * MIB  # with CUDA's libraries: an allowance, not measured by us
+LEAST_MINUTES = 30  # queues are not cut so fine, and file systems can be slow
+DISK = 100e6  # bytes a second of a slow shared disk
+TOKENS = 100e3  # tokens a second of a tokenizer, about
+# A thread's operations a second: the default run (benchmarks/README.md), 1.1e13 in 304 s on one thread.
+# Small matrices and a masked attention; larger models reach more.
+CPU_RATE = 3.6e10
+# Where the model's shape or the number of tokens is unknown: enough for 13B, and a day.
+UNKNOWN = {"mem_mb": 64_000, "runtime": 24 * 60}
+GPUS_OF_A_MACHINE = 8
 
 
 def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
-    """Return ``mem_mb`` (MB of a node) or ``runtime`` (minutes) of a stage, at a 1-based attempt."""
-    first = {"mem_mb": 2 * LEAST_MB, "runtime": 60}[what]
+    """Return a stage's ``mem_mb`` (MiB of a machine) or ``runtime`` (minutes) at a 1-based attempt.
+
+    Or ``gpu``, the GPUs of an evaluation job, which do not grow.
+
+    A stage that needs the model's shape gets ``UNKNOWN`` where that is unknown; `make plan` says so.
+    """
+    shape = known_shape(config)
+    if what == "gpu":
+        return evaluation_gpus(config, shape)
+    if what == "mem_mb":
+        size = memory(config, stage, shape)
+        first = UNKNOWN[what] if size is None else 100 * math.ceil(size / MIB / 100)
+    else:
+        found = minutes(config, stage, shape)
+        first = UNKNOWN[what] if found is None else LEAST_MINUTES + math.ceil(found)
     return round(first * GROWTH ** (attempt - 1))
+
+
+def check(config: dict) -> None:
+    """Refuse a model.shape or a hardware.gpu that is not listed, or that cannot do the precision."""
+    if config["model"]["shape"]:
+        shapes.named(config["model"]["shape"])
+    if config["training"]["gpus"]:
+        for section in ("training", "evaluation"):
+            gpu_rate(config, config[section]["precision"])
+
+
+def known_shape(config: dict) -> Shape | None:
+    """Return the model's shape, or None where it is unknown or of another kind than ours."""
+    try:
+        return shapes.find(config)
+    except UserError:
+        return None
+
+
+def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
+    """Return the bytes of host memory that a stage needs, or None where the config does not tell."""
+    training, tokens = config["training"], estimate.packed_tokens(config)
+    if stage in ("patch_rope", "report", "download_model"):
+        return PROCESS
+    if stage == "micro_base":
+        return 4 * PROCESS
+    if stage in ("download_corpus", "tokenise", "pack"):
+        # The texts of the corpus; tokens in 4 bytes, the packed ones again, and a copy to write them.
+        each = {"download_corpus": 2 * estimate.TEXT_PER_TOKEN, "tokenise": 16, "pack": 16}
+        return None if tokens is None else PROCESS + each[stage] * tokens
+    if shape is None:
+        return None
+    if stage == "merge":
+        # A shard, what replaces it and its bytes on the way to disk; shards have up to 10 GB.
+        trained = shape.trained_parameters(training["mode"], training["lora"])
+        shard = min(2 * shape.parameters, 10e9)
+        return PROCESS + 3 * shard + 4 * trained
+    if stage in ("perplexity", "passkey"):
+        evaluation, on_gpu = config["evaluation"], training["gpus"] > 0
+        weights, work = estimate.evaluation_memory(shape, evaluation, on_gpu)
+        if on_gpu:  # the weights pass through host memory
+            return GPU_PROCESS + 1.2 * weights
+        return PROCESS + 1.2 * (weights + work)
+    return training_memory(config, shape)
+
+
+def training_memory(config: dict, shape: Shape) -> float:
+    """Return the bytes of host memory that training needs on each machine.
+
+    On GPUs, each process loads the weights, and copies them to save; under ZeRO-3 the first does.
+    """
+    training, setup = config["training"], estimate.Setup.of(config)
+    if not setup.on_gpu:
+        return PROCESS + 1.2 * estimate.peak(estimate.memory(shape, setup))
+    loaded = 4 if setup.mode == "full" else estimate.WIDTH[setup.precision]
+    copy = max(loaded * shape.parameters, estimate.saved_copy(shape, setup))
+    copies = 1 if setup.zero_stage == 3 else training["gpus"]
+    return GPU_PROCESS * training["gpus"] + 1.2 * copy * copies
+
+
+def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
+    """Return the minutes that a stage takes, about, or None where the config does not tell."""
+    tokens = estimate.packed_tokens(config)
+    if stage in ("patch_rope", "report"):
+        return 0.0
+    if stage == "micro_base":
+        return 240.0
+    if stage in ("download_corpus", "tokenise", "pack"):
+        return None if tokens is None else tokens / TOKENS / 60
+    if shape is None:
+        return None
+    moved = 2 * shape.parameters / DISK / 60  # the weights read once
+    if stage == "download_model":
+        return 5 * moved
+    if stage == "merge":
+        return 3 * moved
+    if stage in ("perplexity", "passkey"):
+        return moved + 1.5 * evaluation_hours(config, shape, stage) * 60
+    hours = training_hours(config, shape)
+    return None if hours is None else 2 * moved + 1.25 * hours * 60
+
+
+def training_hours(config: dict, shape: Shape) -> float | None:
+    """Return the hours of training without loading and saving, or None where tokens are unknown."""
+    tokens = estimate.training_tokens(config)
+    if tokens is None:
+        return None
+    training, setup = config["training"], estimate.Setup.of(config)
+    flops = estimate.training_flops(shape, setup, tokens)
+    if not setup.on_gpu:
+        return flops / (CPU_RATE * training["threads"] * setup.processes) / 3600
+    return flops / (gpu_rate(config, training["precision"]) * setup.processes) / 3600
+
+
+def evaluation_hours(config: dict, shape: Shape, instrument: str) -> float:
+    """Return the hours of one instrument on one variant; layers over several GPUs take turns."""
+    evaluation = config["evaluation"]
+    flops = estimate.evaluation_flops(shape, config, instrument)
+    if config["training"]["gpus"]:
+        return flops / gpu_rate(config, evaluation["precision"]) / 3600
+    return flops / (CPU_RATE * evaluation["threads"]) / 3600
+
+
+def evaluation_gpus(config: dict, shape: Shape | None) -> int:
+    """Return the GPUs of an evaluation job: none, one, or as many as the model's weights need.
+
+    A power of two, up to those of a machine.
+    """
+    if not config["training"]["gpus"] or shape is None:
+        return min(1, config["training"]["gpus"])
+    weights, work = estimate.evaluation_memory(shape, config["evaluation"], True)
+    count, size = 1, gpu(config)["gib"] * estimate.GIB
+    while weights / count + work > size and count < GPUS_OF_A_MACHINE:
+        count *= 2
+    return count
+
+
+@functools.cache
+def known_gpus() -> dict:
+    """Return resources/gpus.yaml."""
+    return yaml.safe_load((ROOT / "resources/gpus.yaml").read_text(encoding="utf-8"))
+
+
+def gpu(config: dict) -> dict:
+    """Return what is known of ``hardware.gpu``."""
+    name = config["hardware"]["gpu"]
+    if name not in known_gpus():
+        raise UserError(
+            f"hardware.gpu {name} is not in resources/gpus.yaml, which has {', '.join(known_gpus())}; "
+            "choose one, or add yours with its memory and peak"
+        )
+    return known_gpus()[name]
+
+
+def gpu_rate(config: dict, precision: str) -> float:
+    """Return the operations a second that one GPU is taken to reach at a precision."""
+    peaks = gpu(config)["tflops"]
+    if precision not in peaks:
+        raise UserError(
+            f"hardware.gpu {config['hardware']['gpu']} has no {precision}; choose one of "
+            f"{', '.join(peaks)} for training.precision and evaluation.precision, or another GPU"
+        )
+    return peaks[precision] * 1e12 * config["hardware"]["utilisation"]

@@ -1,5 +1,6 @@
 """The shape of a model: the sizes that decide on its memory and arithmetic, without its weights."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,7 @@ class Shape:
         return count
 
 
+@functools.cache
 def named(name: str) -> Shape:
     """Return a shape of resources/shapes.yaml."""
     known = yaml.safe_load((ROOT / "resources/shapes.yaml").read_text(encoding="utf-8"))
