@@ -10,10 +10,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from containers.images import cpu_image  # noqa: F401, a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
+
+from containers.images import cpu_image  # noqa: E402, F401, a fixture
 
 # What a run reads; a copy of these is a working directory of its own.
 PARTS = (

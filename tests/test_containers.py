@@ -257,6 +257,7 @@ class Inside(Workspace):
     """
 
     def __init__(self, directory: Path, image) -> None:
+        directory.mkdir()
         super().__init__(directory)
         (directory / "containers" / "images.yaml").write_text(image.record, encoding="utf-8")
         (directory / "host").mkdir()

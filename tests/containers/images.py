@@ -23,6 +23,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from longyarn import containers
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / ".cache" / "tests" / "containers"
@@ -159,9 +161,10 @@ def built(registry: str, environment: dict[str, str]) -> tuple[str, str]:
             known[key] = make_base(f"{registry}/base", environment)
             known_path.write_text(json.dumps(known))
         base = f"{registry}/base@{known[key]}"
-        sources = [ROOT / "containers" / "build.py", *sorted(ROOT.glob("containers/cpu.*"))]
-        sources += [ROOT / "containers" / "install", *sorted(ROOT.glob("envs/*.txt"))]
-        key += hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+        builder = (ROOT / "containers" / "build.py").read_bytes()
+        key += (
+            containers.recipe("cpu", "Dockerfile", ROOT) + hashlib.sha256(builder).hexdigest()[:12]
+        )
         if key not in known:
             known[key] = build(registry, base, environment).replace(registry, "REGISTRY")
             known_path.write_text(json.dumps(known))
@@ -176,7 +179,9 @@ def storage_of_podman() -> Iterator[str]:
         try:
             yield write(directory / "storage.conf", STORAGE_CONF.format(directory=directory))
         finally:  # podman leaves this mounted
-            subprocess.run(["umount", "--lazy", directory / "storage" / "overlay"], stderr=subprocess.DEVNULL)
+            subprocess.run(
+                ["umount", "--lazy", directory / "storage" / "overlay"], stderr=subprocess.DEVNULL
+            )
 
 
 def make_base(name: str, environment: dict[str, str]) -> str:
