@@ -6,6 +6,7 @@ Each way to stop ends, after at most a plain rerun, in the same weights as the r
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,20 +37,25 @@ class Run:
     """Snakemake submitting to the cluster from a working directory, in the background."""
 
     def __init__(
-        self, directory: Path, cluster: Cluster, *arguments: str, training: dict = TRAINING
+        self,
+        directory: Path,
+        cluster: Cluster,
+        *arguments: str,
+        config: dict | None = None,
+        environment: dict | None = None,
     ):
-        (directory / "slurm.yaml").write_text(json.dumps({"training": training}))
+        config = {"training": TRAINING} | (config or {})
+        (directory / "slurm.yaml").write_text(json.dumps(config))
         self.log = directory / "run.log"
-        self.environment = cluster.environment | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{cluster.environment['PATH']}"
-        }
+        environment = cluster.environment | (environment or {})
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         options = [a for a in arguments if a.startswith("-")]
         files = ["--configfile", "tests/config.yaml", "slurm.yaml", "--"]
         targets = [a for a in arguments if not a.startswith("-")]
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [*COMMAND, *options, *files, *targets],
-                cwd=directory, env=self.environment, stdout=log, stderr=log,
+                cwd=directory, env=environment, stdout=log, stderr=log,
             )  # fmt: skip
 
     def end(self) -> tuple[int, str]:
@@ -204,12 +210,12 @@ def test_a_lost_node_leaves_one_writer(before_training, cluster, tmp_path):
     alone = TRAINING | {"nodes": 1, "steps": 24}
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(before_training, undisturbed, symlinks=True)
-    code, printed = Run(undisturbed, cluster, TRAINED, training=alone).end()
+    code, printed = Run(undisturbed, cluster, TRAINED, config={"training": alone}).end()
     assert code == 0, printed
-    run = Run(before_training, cluster, "--retries=0", TRAINED, training=alone)
+    run = Run(before_training, cluster, "--retries=0", TRAINED, config={"training": alone})
     wait_for_checkpoint(before_training)
     job = cluster.job("train")
-    (orphan,) = trainers(before_training)
+    (orphan,) = processes(before_training, "train")
     # What SLURM does when it cannot reach a node goes on for as long as the node's processes live.
     os.kill(orphan, signal.SIGSTOP)
     cluster.kill_node(job["nodes"])
@@ -232,14 +238,44 @@ def test_a_lost_node_leaves_one_writer(before_training, cluster, tmp_path):
     assert_same_weights(before_training, undisturbed)
 
 
-def trainers(directory: Path) -> list[int]:
-    """Return the processes that train in a directory: those of train.py that launch.py started."""
+def test_jobs_in_images_stay_in_their_cgroup(cluster, chain, cpu_image, tmp_path):
+    """A rule with a container, and training on two nodes, which enters the image by itself."""
+    Workspace(tmp_path)
+    config = {"container": {"image": cpu_image.address}}
+    # SLURM's and the image's programs, whichever order: the two sets do not meet.
+    environment = cpu_image.environment | {
+        "PATH": f"{cpu_image.environment.get('PATH', '')}{os.pathsep}{cluster.environment['PATH']}"
+    }
+    options = ("--software-deployment-method=apptainer", TRAINED)
+    run = Run(tmp_path, cluster, *options, config=config, environment=environment)
+    for stage, count in (("pack", 1), ("train", 2)):
+        wait_for(lambda: len(processes(tmp_path, stage)) == count, LIMIT, f"{stage} to run")  # noqa: B023
+        job = cluster.job(stage)["id"]
+        for process in processes(tmp_path, stage):
+            assert os.stat(f"/proc/{process}/root").st_ino != os.stat("/").st_ino, "not in an image"
+            groups = Path(f"/proc/{process}/cgroup").read_text()
+            assert re.search(rf"memory:/slurm_node[12]/uid_0/job_{job}/step", groups), groups
+    code, printed = run.end()
+    assert code == 0, printed
+    assert_same_weights(tmp_path, chain)
+    # Another image trains again, although the rule has no container of its own.
+    other = {"container": {"image": cpu_image.address.rpartition(":")[0] + ":" + 64 * "0"}}
+    for image, times in ((config, 0), (other, 1)):
+        plan = Run(tmp_path, cluster, "-n", *options, config=image, environment=environment).end()[
+            1
+        ]
+        assert len(re.findall(r"^rule train:", plan, re.M)) == times, plan
+
+
+def processes(directory: Path, stage: str) -> list[int]:
+    """Return the processes that run a stage's script in a directory, without what started them."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            here = (process / "cwd").resolve() == directory.resolve()
-            if here and b"scripts/train.py" in words and b"scripts/launch.py" not in words:
+            program, script, *rest = (process / "cmdline").read_bytes().split(b"\0")
+            unbuffered = [script, *rest] if script != b"-u" else rest
+            here = os.readlink(process / "cwd") == str(directory)
+            if here and b"python" in program and unbuffered[0] == f"scripts/{stage}.py".encode():
                 found.append(int(process.name))
     return found
 
