@@ -45,7 +45,8 @@ def meeting_point(environment: dict) -> list[str]:
     The first machine is the one that srun was called on, whose address SLURM gives to all.
     """
     if int(environment.get("SLURM_STEP_NUM_NODES", 1)) == 1:
-        return ["--standalone"]
+        # By address, because a machine's own name does not always lead to it.
+        return ["--standalone", "--local-addr=127.0.0.1"]
     return [
         f"--nnodes={environment['SLURM_STEP_NUM_NODES']}",
         f"--node-rank={environment['SLURM_NODEID']}",

@@ -111,8 +111,9 @@ def test_the_deadline_is_slurm_s_own_or_reckoned_from_now(monkeypatch):
 
 
 def test_the_meeting_point_is_the_machine_that_called_srun():
-    assert launch.meeting_point({}) == ["--standalone"]
-    assert launch.meeting_point({"SLURM_STEP_NUM_NODES": "1"}) == ["--standalone"]
+    alone = ["--standalone", "--local-addr=127.0.0.1"]
+    assert launch.meeting_point({}) == alone
+    assert launch.meeting_point({"SLURM_STEP_NUM_NODES": "1"}) == alone
     environment = {
         "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "123456",
         "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
