@@ -97,7 +97,7 @@ def main() -> None:
     if last:
         guards.say(f"train: resuming from {attempts.describe(last)}")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    stop.end()
+    stop.end(training.device)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
 
     # Every process takes part in gathering the weights; the first one writes the payload.

@@ -12,6 +12,8 @@ import launch
 from longyarn import attempts, stopping
 from longyarn.cli import UserError
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def state():
@@ -33,7 +35,7 @@ def alone(tmp_path, monkeypatch):
 
 def after_a_step(stop: stopping.Stopping, state) -> SimpleNamespace:
     control = SimpleNamespace(should_save=False, should_training_stop=False)
-    arguments = SimpleNamespace(device=torch.device("cpu"), output_dir=str(stop.attempt))
+    arguments = SimpleNamespace(device=CPU, output_dir=str(stop.attempt))
     stop.on_step_begin(arguments, state, control)
     stop.on_step_end(arguments, state, control)
     return control
@@ -42,7 +44,7 @@ def after_a_step(stop: stopping.Stopping, state) -> SimpleNamespace:
 def test_without_a_reason_training_goes_on(alone, state):
     stop = stopping.Stopping(alone, None)
     assert not after_a_step(stop, state).should_training_stop
-    stop.end()
+    stop.end(CPU)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGURG])
@@ -52,7 +54,7 @@ def test_a_signal_saves_and_ends_with_try_again(alone, state, number, capsys):
     control = after_a_step(stop, state)
     assert control.should_save and control.should_training_stop
     with pytest.raises(SystemExit) as exit_:
-        stop.end()
+        stop.end(CPU)
     assert exit_.value.code == os.EX_TEMPFAIL
     assert f"stopped by {number.name} at step 4 of 10" in capsys.readouterr().err
 
@@ -62,7 +64,7 @@ def test_a_signal_after_the_last_step_changes_nothing(alone, state):
     os.kill(os.getpid(), signal.SIGTERM)
     state.global_step = state.max_steps
     assert not after_a_step(stop, state).should_training_stop
-    stop.end()
+    stop.end(CPU)
 
 
 def test_the_lead_before_the_time_limit_follows_from_a_measured_save(alone, state):
@@ -97,6 +99,8 @@ def test_a_replaced_attempt_stops_in_one_sentence(alone, state):
     attempts.claim(alone.parent)
     with pytest.raises(UserError, match="a newer attempt has taken over"):
         after_a_step(stop, state)
+    with pytest.raises(UserError, match="a newer attempt has taken over"):
+        stop.end(CPU)  # nor does it publish what it has trained
 
 
 def test_the_deadline_is_slurm_s_own_or_reckoned_from_now(monkeypatch):

@@ -73,6 +73,17 @@ class Stopping(TrainerCallback):
         late = self.deadline is not None and time.time() + self.lead() > self.deadline
         return CHECKPOINT if self.signal or late else GO_ON
 
+    def agree(self, device: torch.device) -> int:
+        """Return the largest wish of all processes; raise ``UserError`` in all if one was replaced."""
+        wish = torch.tensor(self.wish(), device=device)
+        torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
+        if wish == REPLACED:
+            raise UserError(
+                f"a newer attempt has taken over {self.attempt.parent}; this one stops, and only one "
+                "may write: nothing is to be done"
+            )
+        return int(wish)
+
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the step's clock."""
         self.step_began = time.monotonic()
@@ -81,14 +92,7 @@ class Stopping(TrainerCallback):
         """Agree with the other processes on going on; stop all or none."""
         self.save_began = time.monotonic()
         self.longest_step = max(self.longest_step, self.save_began - self.step_began)
-        decision = torch.tensor(self.wish(), device=args.device)
-        torch.distributed.all_reduce(decision, torch.distributed.ReduceOp.MAX)
-        if decision == REPLACED:
-            raise UserError(
-                f"a newer attempt has taken over {self.attempt.parent}; this one stops, and only one "
-                "may write: nothing is to be done"
-            )
-        if decision == CHECKPOINT and state.global_step < state.max_steps:
+        if self.agree(args.device) == CHECKPOINT and state.global_step < state.max_steps:
             name = signal.Signals(self.signal).name if self.signal else "the time limit"
             self.stopped = f"{name} at step {state.global_step} of {state.max_steps}"
             control.should_save = control.should_training_stop = True
@@ -101,8 +105,9 @@ class Stopping(TrainerCallback):
             attempts.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             attempts.remove_older(self.attempt)
 
-    def end(self) -> None:
-        """Exit, where training was stopped, so that it is tried again and goes on from here."""
+    def end(self, device: torch.device) -> None:
+        """Exit, where training was stopped, so that it is tried again; else make sure to be the newest."""
+        self.agree(device)
         if self.stopped:
             say(f"train: stopped by {self.stopped}; the checkpoint is whole, run again to go on")
             sys.exit(EX_TEMPFAIL)
