@@ -4,6 +4,7 @@ A check returns what it found, or raises: UserError for what has to be mended, N
 does not apply here or cannot be seen from here.
 """
 
+import math
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from longyarn import containers
+from longyarn import containers, requests
 from longyarn.cli import UserError, first_line
 
 IS_OK, NOT_CHECKED, IS_WRONG = "ok", "not checked", "error"
@@ -166,13 +167,10 @@ WRITES = {
 def _to_come(run: Run) -> Iterable[tuple[str, str, float]]:
     """Yield where, what and how many bytes the jobs to come write."""
     from download_model import is_local
-    from longyarn import estimate, shapes
+    from longyarn import estimate
 
     config = run.config
-    try:
-        shape = shapes.find(config)
-    except UserError as error:
-        raise NotChecked(str(error)) from None
+    shape = requests.known_shape(config)
     if shape is None:
         raise NotChecked("the model's size is unknown yet; set model.shape, or download it first")
     source = config["model"]["source"]
@@ -231,37 +229,39 @@ def slurm(run: Run) -> str:
 
 
 def walltime(run: Run) -> str:
-    """No job asks for more than its partition gives, and training can end within its attempts.
+    """No attempt asks for more than its partition gives, and the attempts give what a stage needs.
 
     SLURM itself takes a request that is too long for its partition, and lets it wait for ever.
     """
     if not run.submitted():
         raise NotChecked("no job to come is submitted")
-    limits = _partition_limits()
+    limits, shape = _partition_limits(), requests.known_shape(run.config)
+    told = "the model's size is unknown yet, so the minutes that training needs are too"
     for rule, job in run.submitted().items():
-        minutes = job.resources.get("runtime")
+        asked = _minutes_asked(run, job)
+        if not asked:
+            continue
         _, partitions = shlex.split(run.slurm.get_partition_arg(job)) or ("", "")
-        for partition in partitions.split(","):
-            limit = limits.get(partition)
-            if minutes and limit and minutes > limit:
-                raise UserError(
-                    f"{rule} asks for {minutes} minutes, but partition {partition} gives {limit:.0f}; "
-                    f"set `runtime` of {rule} lower under set-resources in the profile (training goes on "
-                    "in the next attempt), or choose another partition"
-                )
-    if not run.has("train"):
-        return "within the partitions' limits"
-    minutes, needed = (
-        run.submitted()["train"].resources.get("runtime"),
-        0,
-    )
-    given = (1 + run.retries) * minutes
-    if needed > given:
-        raise UserError(
-            f"training needs about {needed:.0f} minutes, but {1 + run.retries} attempts of {minutes} give "
-            f"{given}; raise `retries` or train's `runtime` in the profile"
+        limit = min(
+            (limits.get(name, math.inf) for name in partitions.split(",")), default=math.inf
         )
-    return f"training needs about {needed:.0f} minutes of the {given} that its attempts give"
+        if max(asked) > limit:
+            raise UserError(
+                f"{rule} asks for {max(asked)} minutes at attempt {asked.index(max(asked)) + 1}, but "
+                f"partition {partitions} gives {limit:.0f}, so it would wait for ever; set `runtime` of "
+                f"{rule} under set-resources in the profile: then each attempt asks for that"
+            )
+        needed = requests.minutes(run.config, rule, shape)
+        # Training goes on in the next attempt; other stages begin anew.
+        given = sum(asked) if rule == "train" else max(asked)
+        if needed is not None and needed > given:
+            raise UserError(
+                f"{rule} needs about {needed:.0f} minutes, but its attempts give {given}; raise its "
+                "`runtime` or `retries` in the profile, or hardware.utilisation if your GPUs do better"
+            )
+        if needed is not None and rule == "train":
+            told = f"training needs about {needed:.0f} minutes, and its attempts give {given}"
+    return told
 
 
 CHECKS: tuple[Callable[[Run], str], ...] = (image, gpus, disk, hub, slurm, walltime)
@@ -331,6 +331,16 @@ def _stays_on_this_machine(run: Run) -> None:
     raise NotChecked("jobs run on this machine")
 
 
+def _minutes_asked(run: Run, job) -> list[int]:
+    """Return the minutes that each attempt of a job asks for; none where it states no time."""
+    asked, now = [], job.attempt
+    for attempt in range(1, run.retries + 2):
+        job.attempt = attempt
+        asked.append(job.resources.get("runtime"))
+    job.attempt = now
+    return [minutes for minutes in asked if minutes]
+
+
 def _partition_limits() -> dict[str, float]:
     """Return the longest job of each partition in minutes, infinite where it has no limit."""
     command = ["sinfo", "--noheader", "--format=%R|%l"]
@@ -352,4 +362,4 @@ def minutes_of(limit: str) -> float:
         seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
         return (86400 * int(days or 0) + seconds) / 60
     except ValueError:  # infinite, n/a
-        return float("inf")
+        return math.inf

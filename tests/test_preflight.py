@@ -1,0 +1,317 @@
+"""What is amiss is said before the first job: one sentence, nothing run, nothing submitted.
+
+SLURM is a real one (tests/slurm). Programs of ours stand in only for NVIDIA's and for accounting,
+which no test machine has.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import ROOT, Workspace
+from slurm.cluster import Cluster, unavailable
+from stages import small_disk
+from test_download_model import REVISION, hub  # noqa: F401 - the fixture
+
+from longyarn import preflight
+from longyarn.cli import UserError
+from longyarn.config import complete
+
+ON_A_GPU = {"training": {"gpus": 1, "precision": "bf16"}}
+
+
+def program(directory: Path, name: str, body: str, monkeypatch) -> None:
+    """Put a shell program first on the path."""
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text(f"#!/bin/sh\n{body}\n")
+    (directory / name).chmod(0o755)
+    path = os.environ["PATH"]
+    if str(directory) not in path:
+        monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{path}")
+
+
+def refusal(workspace: Workspace, done) -> str:
+    """Return the one sentence with which a run stopped, after checking that nothing was run."""
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stdout, done.stdout
+    assert done.stdout.count("error: ") == 1, done.stdout
+    assert done.stdout.splitlines()[-1].startswith("error: "), done.stdout
+    assert not list(workspace.directory.rglob("results/**/*.json"))
+    assert not (workspace.directory / ".snakemake" / "locks").exists()
+    return done.stdout.splitlines()[-1]
+
+
+def outcomes(done) -> dict[str, str]:
+    """Return what `snakemake preflight` printed, by the check's name."""
+    names = "|".join(function.__name__ for function in preflight.CHECKS)
+    return dict(re.findall(f"^({names}): (.*)$", done.stdout, re.M))
+
+
+# On this machine, through Snakemake.
+
+
+def test_the_target_says_all_and_runs_nothing(workspace):
+    done = workspace.snakemake("preflight")
+    said = outcomes(done)
+    assert list(said) == ["image", "gpus", "disk", "hub", "slurm", "walltime"], done.stdout
+    assert said.pop("disk").startswith("ok: ")
+    assert said == {
+        "image": "not checked: no job to come runs in a container (--sdm apptainer)",
+        "gpus": "not checked: no job to come asks for a GPU",
+        "hub": "not checked: model.source is a directory",
+        "slurm": "not checked: jobs run on this machine",
+        "walltime": "not checked: no job to come is submitted",
+    }
+    assert not (workspace.directory / "results" / "tests" / "base.json").exists()
+
+
+def test_a_run_without_a_driver(workspace, tmp_path, monkeypatch):
+    program(tmp_path / "bin", "nvidia-smi", "echo 'No devices were found'; exit 6", monkeypatch)
+    sentence = refusal(workspace, workspace.snakemake(overrides=ON_A_GPU, check=False))
+    assert "training.gpus is 1, but `nvidia-smi -L` fails here (No devices were found)" in sentence
+    assert "install NVIDIA's driver, or set training.gpus to 0" in sentence
+
+
+def test_a_dry_run_and_a_target_without_gpus_do_not_mind(workspace, tmp_path, monkeypatch):
+    program(tmp_path / "bin", "nvidia-smi", "exit 6", monkeypatch)
+    workspace.snakemake("-n", overrides=ON_A_GPU)
+    workspace.snakemake("prefetch", overrides=ON_A_GPU)
+
+
+def test_several_machines_without_slurm(workspace):
+    done = workspace.snakemake(overrides={"training": {"nodes": 2}}, check=False)
+    assert "training.nodes is 2, but jobs run on this machine alone" in refusal(workspace, done)
+
+
+def test_a_full_disk(workspace, tmp_path):
+    with small_disk(tmp_path / "disk", 1) as disk:
+        overrides = {"paths": {"results": str(disk)}}
+        done = workspace.snakemake(overrides=overrides, check=False)
+        sentence = refusal(workspace, done)
+        assert "paths.results have 0.00 GB free and about 0.0" in sentence
+        assert "merged model 0.00 GB" in sentence
+        assert "free some, or set a path on another disk" in sentence
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("gated/model", "the hub gates gated/model: accept its licence"),
+        ("no/model", "the hub has no no/model, or it is private: mend model.source"),
+        ("an/model", None),
+    ],
+)
+def test_the_hub(hub, workspace, tmp_path, monkeypatch, source, expected):  # noqa: F811
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    overrides = {"model": {"source": source, "revision": REVISION, "disclosure": None}}
+    done = workspace.snakemake("preflight", overrides=overrides, check=False)
+    if expected:
+        assert done.returncode == 1
+        assert f"error: {expected}" in done.stdout
+        assert "Traceback" not in done.stdout
+    else:
+        assert outcomes(done)["hub"] == f"ok: an/model at {REVISION}"
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        sentence = refusal(workspace, workspace.snakemake(overrides=overrides, check=False))
+        assert f"the hub did not give an/model at {REVISION}" in sentence
+        assert "offline" in sentence and "run `snakemake prefetch`" in sentence
+
+
+# Single checks.
+
+
+def config_of(**sections: dict) -> dict:
+    """Return the default configuration with changes in some sections."""
+    config = complete(
+        yaml.safe_load((ROOT / "config.yaml").read_text()), ROOT / "schemas" / "config.schema.yaml"
+    )
+    return config | {name: config[name] | changes for name, changes in sections.items()}
+
+
+def a_run(**changes) -> preflight.Run:
+    """A run of one job that asks for two GPUs."""
+    job = SimpleNamespace(
+        rule=SimpleNamespace(name="train"),
+        resources={"gpu": 2, "runtime": 60, "slurm_partition": "gpu"},
+        is_local=True,
+        container_img_path=None,
+    )
+    given = {
+        "config": config_of(training={"gpus": 2}),
+        "jobs": [job],
+        "slurm": None,
+        "settings": None,
+        "retries": 0,
+        "gpus": 2,
+    }
+    return preflight.Run(**given | changes)
+
+
+TWO_GPUS = (
+    "echo 'GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0)'\n"
+    "echo 'GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-1)'"
+)
+
+
+def test_gpus_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    program(tmp_path, "nvidia-smi", TWO_GPUS, monkeypatch)
+    assert preflight.gpus(a_run()) == "2 × NVIDIA A100-SXM4-80GB"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(UserError, match=r"asks for 2 GPUs.*shows 1 \(CUDA_VISIBLE_DEVICES is '1'"):
+        preflight.gpus(a_run())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for told in (None, 1):
+        with pytest.raises(UserError, match="add --resources gpu=2"):
+            preflight.gpus(a_run(gpus=told))
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs NVIDIA's driver")
+def test_gpus_of_this_machine():
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    assert preflight.gpus(a_run(gpus=9)).startswith(f"{len(listed.splitlines())} × NVIDIA")
+
+
+def test_an_image_that_is_missing(tmp_path):
+    image = tmp_path / "image.sif"
+    run = a_run(config=config_of(container={"image": str(image)}))
+    run.jobs[0].container_img_path = str(image)
+    with pytest.raises(UserError, match=r"image\.sif is missing; build it or mend the path"):
+        preflight.image(run)
+    image.touch()
+    assert preflight.image(run) == str(image)
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [
+        ("1:00:00", 60),
+        ("30:00", 30),
+        ("2-12:30:00", 3630),
+        ("45", 0.75),
+        ("infinite", math.inf),
+        ("n/a", math.inf),
+    ],
+)
+def test_slurms_way_to_write_a_time(limit, minutes):
+    assert preflight.minutes_of(limit) == minutes
+
+
+# With a real SLURM. Nothing is ever submitted.
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A cluster of two nodes, of which nothing but answers is asked."""
+    if unavailable():
+        pytest.skip(f"no SLURM cluster: {unavailable()}")
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def on_slurm(cluster, workspace, monkeypatch):
+    """Return a function that runs Snakemake with profiles/slurm, without images, and its output."""
+    pytest.importorskip("snakemake_executor_plugin_slurm", reason="needs envs/slurm.txt installed")
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+
+    def run(*options: str, training: dict | None = None, target: str = "all"):
+        (workspace.directory / "slurm.yaml").write_text(json.dumps({"training": training or {}}))
+        done = workspace.run(
+            [
+                "timeout", "--signal=KILL", "100",
+                sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm",
+                "--software-deployment-method", "env-modules", *options,
+                "--configfile", "tests/config.yaml", "slurm.yaml", "--", target,
+            ],
+            check=False,
+        )  # fmt: skip
+        assert cluster.jobs("--states=all") == []
+        return done
+
+    return run
+
+
+def test_slurm_accepts_the_chain(on_slurm):
+    done = on_slurm(target="preflight", training={"nodes": 2, "gpus": 2, "batch_size": 4})
+    assert done.returncode == 0, done.stdout
+    said = outcomes(done)
+    # The downloads run on the login node and are not asked about.
+    assert said["slurm"] == (
+        "ok: accepts the requests of patch_rope, tokenise, pack, train, merge, perplexity, passkey, report"
+    )
+    assert said["gpus"].startswith("not checked: jobs run on SLURM's machines")
+    assert said["walltime"].startswith("ok: training needs about ")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--default-resources", "slurm_partition=nowhere"],
+            "(partition nowhere, ",
+        ),
+        (
+            ["--set-resources", "train:mem_mb=600000"],
+            "error: SLURM refuses the job of train (partition gpu, 600000 MB, ",
+        ),
+        (
+            ["--set-resources", "merge:constraint=fast"],
+            "Invalid feature specification; mend constraint in the profile",
+        ),
+        (
+            ["--set-resources", "train:runtime=90000"],
+            "error: train asks for 90000 minutes at attempt 1, but partition gpu gives ",
+        ),
+        (
+            # It grows with each attempt, and the last would wait for ever.
+            ["--set-resources", "train:runtime=1000*attempt"],
+            "error: train asks for 4000 minutes at attempt 4, but partition gpu gives ",
+        ),
+    ],
+)
+def test_slurm_refuses(on_slurm, workspace, options, expected):
+    assert expected in refusal(workspace, on_slurm(*options))
+
+
+def test_more_gpus_than_the_machines_have(on_slurm, workspace):
+    done = on_slurm(training={"gpus": 5, "batch_size": 5})
+    sentence = refusal(workspace, done)
+    assert "SLURM refuses the job of train (" in sentence and "5 GPUs, " in sentence
+    assert "training.gpus" in sentence
+
+
+def test_training_that_cannot_end_in_its_attempts(on_slurm, workspace):
+    done = on_slurm("--set-resources", "train:runtime=10", training={"steps": 20000})
+    sentence = refusal(workspace, done)
+    assert re.search("train needs about [0-9]+ minutes, but its attempts give 40;", sentence)
+    assert "raise its `runtime` or `retries` in the profile" in sentence
+
+
+def test_an_account_that_is_not_ours(on_slurm, workspace, tmp_path, monkeypatch):
+    """The cluster keeps no accounting, so a program answers for it."""
+    program(tmp_path / "bin", "sacctmgr", "echo physics", monkeypatch)
+    done = on_slurm("--default-resources", "slurm_partition=gpu", "slurm_account=chemistry")
+    sentence = refusal(workspace, done)
+    assert "SLURM does not know slurm_account 'chemistry' of the profile" in sentence
+    done = on_slurm(
+        "--default-resources", "slurm_partition=gpu", "slurm_account=physics", target="preflight"
+    )
+    assert done.returncode == 0, done.stdout
