@@ -51,8 +51,8 @@ SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/slurmctld.log
 SlurmdLogFile={root}/slurmd-%n.log
 {nodes}
-PartitionName=gpu Nodes=node[1-2] Default=YES MaxTime=600 PriorityTier=1 State=UP
-PartitionName=high Nodes=node[1-2] MaxTime=600 PriorityTier=10 State=UP
+PartitionName=gpu Nodes=node[1-2] Default=YES MaxTime=14400 PriorityTier=1 State=UP
+PartitionName=high Nodes=node[1-2] MaxTime=14400 PriorityTier=10 State=UP
 """
 NODE = (
     "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} SocketsPerBoard=1 CoresPerSocket={cpus} "
