@@ -15,7 +15,7 @@ LAYERED := $(if $(PROFILE),--workflow-profile $(PROFILE)) $(if $(CONFIG),--confi
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: run setup setup-dev setup-slurm test test-slurm lint bench micro-base prefetch preflight lock image sif test-containers accept clean
+.PHONY: run setup setup-dev setup-slurm test test-slurm lint bench micro-base plan prefetch preflight lock image sif test-containers accept clean
 
 run: setup
 	snakemake --cores $(CORES) $(LAYERED)
@@ -70,6 +70,10 @@ bench: setup-dev
 # What needs the network; and what can be checked before the first job (docs/cluster.md).
 prefetch preflight: setup
 	snakemake --cores $(CORES) $(LAYERED) -- $@
+
+# What the run would cost, from the config alone; it refuses a plan that cannot fit (docs/planning.md).
+plan: setup
+	python scripts/plan.py $(if $(PROFILE),--profile $(PROFILE)) $(if $(CONFIG),--configfile $(CONFIG))
 
 # Train the micro base model anew, from the same books. It is committed, so nobody needs to.
 micro-base: setup

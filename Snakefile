@@ -29,6 +29,7 @@ include: "rules/perplexity.smk"
 include: "rules/passkey.smk"
 include: "rules/report.smk"
 include: "rules/micro_base.smk"
+include: "rules/plan.smk"
 
 
 # These run where Snakemake itself runs, so under SLURM on the login node: compute nodes often have no
@@ -37,6 +38,7 @@ localrules:
     all,
     prefetch,
     preflight,
+    plan,
     download_model,
     download_corpus,
 

@@ -206,8 +206,8 @@ def training_flops(shape: Shape, setup: Setup, tokens: float) -> float:
     matrices, head, attention = forward_flops(shape, setup.length)
     flops = 3 * (matrices + head + attention)
     if setup.mode == "lora":
-        flops -= matrices + head
-        flops += 6 * shape.trained_parameters(setup.mode, setup.lora)
+        flops -= matrices + head * (not setup.lora["train_output_head"])
+        flops += 6 * shape.adapter_parameters(setup.lora)
     if setup.gradient_checkpointing:
         flops += matrices + attention
     return flops * tokens

@@ -157,11 +157,16 @@ def evaluation_gpus(config: dict, shape: Shape | None) -> int:
     """
     if not config["training"]["gpus"] or shape is None:
         return min(1, config["training"]["gpus"])
-    weights, work = estimate.evaluation_memory(shape, config["evaluation"], True)
-    count, size = 1, gpu(config)["gib"] * estimate.GIB
-    while weights / count + work > size and count < GPUS_OF_A_MACHINE:
+    size, count = gpu(config)["gib"] * estimate.GIB, 1
+    while evaluation_memory(config, shape, count) > size and count < GPUS_OF_A_MACHINE:
         count *= 2
     return count
+
+
+def evaluation_memory(config: dict, shape: Shape, gpus: int) -> float:
+    """Return the bytes on each of several GPUs; whole layers divide unevenly, so a tenth is added."""
+    weights, work = estimate.evaluation_memory(shape, config["evaluation"], True)
+    return weights * (1 if gpus == 1 else 1.1 / gpus) + work
 
 
 @functools.cache

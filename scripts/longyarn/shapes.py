@@ -104,13 +104,16 @@ class Shape:
         layer = sum(i * o for i, o, _ in self.linears())
         return self.num_hidden_layers * layer + self.embedding_parameters
 
+    def adapter_parameters(self, lora: dict) -> int:
+        """Parameters of all A (rank, inputs) and B (outputs, rank)."""
+        layer = sum(lora["rank"] * (i + o) for i, o, _ in self.linears(lora["targets"]))
+        return self.num_hidden_layers * layer
+
     def trained_parameters(self, mode: str, lora: dict) -> int:
         """Return how many parameters training changes, as scripts/longyarn/adapters.py has it."""
         if mode == "full":
             return self.parameters
-        rank = lora["rank"]
-        adapters = sum(rank * (i + o) for i, o, _ in self.linears(lora["targets"]))
-        count = self.num_hidden_layers * adapters
+        count = self.adapter_parameters(lora)
         if lora["train_norms"]:
             norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
             count += self.num_hidden_layers * norms + self.hidden_size

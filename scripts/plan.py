@@ -1,0 +1,347 @@
+"""What a run costs, before it is paid for: tokens, memory, disk, hours, and every request to SLURM.
+
+All from the config; nothing is downloaded or submitted. A plan that cannot fit is refused, with what
+would make it fit. docs/planning.md has the formulas.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from longyarn import batches, estimate, requests, shapes
+from longyarn.cli import UserError, first_line, program
+from longyarn.config import complete
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_PROFILE = Path("profiles/slurm")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--configfile", type=Path, help="file layered on config.yaml")
+    what.add_argument("--settings", type=json.loads, help="the whole configuration, as JSON")
+    what.add_argument(
+        "--document", action="store_true", help="print docs/requests.md: the default and presets/"
+    )
+    parser.add_argument(
+        "--profile", type=Path, default=DEFAULT_PROFILE, help="Snakemake profile of the requests"
+    )
+    arguments = parser.parse_args()
+    if arguments.document:
+        print(document(arguments.profile), end="")
+        return
+    config = arguments.settings or layered(arguments.configfile)
+    print(costs(config), flush=True)
+    check_fit(config)
+    print(f"\nRequests to SLURM at the first attempt, by {arguments.profile}")
+    try:
+        print(
+            "\n".join(f"  {rule}: {call}" for rule, call in submissions(config, arguments.profile))
+        )
+    except ModuleNotFoundError as error:
+        print(f"  not shown: {error.name} is not installed; run `make setup-slurm`")
+
+
+def layered(file: Path | None) -> dict:
+    """Return config.yaml with a file layered on it, as Snakemake's --configfile does, and checked."""
+    from snakemake.utils import update_config
+
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    if file:
+        try:
+            more = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"config file {file} is missing; mend the path") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{file} is not YAML ({first_line(error)}); mend it") from None
+        update_config(config, more or {})
+    config = complete(config, ROOT / "schemas" / "config.schema.yaml")
+    requests.check(config)
+    return config
+
+
+def shape_of(config: dict) -> shapes.Shape:
+    """Return the model's shape, or refuse: without it nothing can be planned."""
+    shape = shapes.find(config)
+    if shape is None:
+        raise UserError(
+            f"the shape of {config['model']['source']} is unknown, so nothing can be planned; set "
+            "model.shape to an architecture of resources/shapes.yaml, or bring the model first "
+            "(`snakemake prefetch`)"
+        )
+    return shape
+
+
+def costs(config: dict) -> str:
+    """Return the table of tokens, memory, disk, arithmetic and hours."""
+    shape, training = shape_of(config), config["training"]
+    setup = estimate.Setup.of(config)
+    parts = estimate.memory(shape, setup)
+    trained = shape.trained_parameters(setup.mode, setup.lora)
+    lines = [
+        f"Plan of {config['run']}: {config['model']['source']}",
+        f"  parameters  {shape.parameters:,}, trained {trained:,} ({setup.mode})",
+    ]
+    tokens = estimate.training_tokens(config)
+    if tokens is None:
+        lines.append(
+            "  tokens      as many as the corpus gives: state mix.token_budget to plan them"
+        )
+    else:
+        sequences = tokens // setup.length
+        steps = training["steps"] or sequences // training["batch_size"]
+        lines.append(
+            f"  tokens      {tokens:,}: {steps} steps × {training['batch_size']} sequences × "
+            f"{setup.length}"
+        )
+    lines.append(f"  hardware    {hardware(config)}")
+    lines.append("")
+    lines.append(f"Memory of each {'GPU' if setup.on_gpu else 'process'} in training, GiB")
+    lines += [f"  {name:20}{size / estimate.GIB:9.2f}" for name, size in parts.items() if size]
+    room = f" of {requests.gpu(config)['gib']:g}" if setup.on_gpu else ", and the libraries' 0.5"
+    lines.append(f"  {'most at once':20}{estimate.peak(parts) / estimate.GIB:9.2f}{room}")
+    lines.append("")
+    lines.append("Disk, GB")
+    written = estimate.disk(shape, config)
+    lines += [f"  {name:20}{size / 1e9:9.2f}" for name, size in written.items()]
+    lines.append(f"  {'all':20}{sum(written.values()) / 1e9:9.2f}")
+    lines.append("")
+    lines += hours(config, shape, tokens)
+    return "\n".join(lines)
+
+
+def hardware(config: dict) -> str:
+    """Return machines, GPUs and what of their peak is counted with."""
+    training = config["training"]
+    machines = f"{training['nodes']} machine{'s' * (training['nodes'] > 1)}"
+    if not training["gpus"]:
+        return (
+            f"{machines} without GPU, {training['threads']} thread(s) at "
+            f"{requests.CPU_RATE / 1e9:.0f} GFLOP/s, as in our default run on an AMD EPYC"
+        )
+    share = config["hardware"]["utilisation"]
+    peak = requests.gpu(config)["tflops"][training["precision"]]
+    return (
+        f"{machines} × {training['gpus']} × {config['hardware']['gpu']}, at {share:.0%} of "
+        f"{peak:g} TFLOP/s in {training['precision']}"
+    )
+
+
+def hours(config: dict, shape: shapes.Shape, tokens: int | None) -> list[str]:
+    """Return the lines on arithmetic and hours."""
+    lines = [f"{'Arithmetic and time':22}{'FLOP':>10}{'hours':>10}{'GPU-hours':>12}"]
+    gpus, variants = config["training"]["gpus"], len(config["evaluation"]["variants"])
+    if tokens is not None:
+        flops = estimate.training_flops(shape, estimate.Setup.of(config), tokens)
+        took = requests.training_hours(config, shape)
+        paid = took * batches.processes(config["training"]) if gpus else 0
+        lines.append(f"  {'train':20}{flops:10.1e}{took:10.2f}{paid:12.1f}")
+    for instrument in ("perplexity", "passkey"):
+        flops = estimate.evaluation_flops(shape, config, instrument) * variants
+        took = requests.evaluation_hours(config, shape, instrument) * variants
+        paid = took * requests.evaluation_gpus(config, shape)
+        name = f"{instrument} × {variants}"
+        lines.append(f"  {name:20}{flops:10.1e}{took:10.2f}{paid:12.1f}")
+    return lines
+
+
+def lacking(config: dict) -> float:
+    """Return the GiB that training needs of each GPU beyond what that has; negative where it fits."""
+    parts = estimate.memory(shape_of(config), estimate.Setup.of(config))
+    return estimate.peak(parts) / estimate.GIB - requests.gpu(config)["gib"]
+
+
+def check_fit(config: dict) -> None:
+    """Refuse a plan whose training or evaluation is too large for its GPUs; say what would fit."""
+    if not config["training"]["gpus"]:
+        return
+    name, size = config["hardware"]["gpu"], requests.gpu(config)["gib"]
+    if lacking(config) > 0:
+        parts = estimate.memory(shape_of(config), estimate.Setup.of(config))
+        most = max(parts, key=parts.get)
+        raise UserError(
+            f"training needs {lacking(config) + size:.1f} GiB of each GPU, most of it for {most} "
+            f"({parts[most] / estimate.GIB:.1f}), but hardware.gpu {name} has {size:g}; {advice(config)}"
+        )
+    count = requests.evaluation_gpus(config, shape_of(config))
+    need = requests.evaluation_memory(config, shape_of(config), count) / estimate.GIB
+    if need > size:
+        raise UserError(
+            f"evaluation needs {need:.1f} GiB of each of {count} GPUs, but hardware.gpu {name} has "
+            f"{size:g}; shorten evaluation.*.lengths, or choose evaluation.precision bf16, "
+            "evaluation.attention flash_attention_2 or a larger GPU"
+        )
+
+
+def advice(config: dict) -> str:
+    """Return changes of the config with which training fits by the same estimate, the mildest first."""
+    changed, changes = config, []
+    for remedy in remedies(config):
+        tried = apply(changed, [remedy])
+        if tried and lacking(tried) < lacking(changed) - 0.05:
+            changed, changes = tried, [*changes, remedy]
+        if lacking(changed) <= 0:
+            break
+    else:
+        return "nothing in the config makes it fit, because the loss is not chunked yet"
+    for remedy in changes[:-1]:  # one that a later one has made superfluous is left out
+        fewer = [other for other in changes if other is not remedy]
+        without = apply(config, fewer)
+        if without and lacking(without) <= 0:
+            changed, changes = without, fewer
+    stated = {key: value for remedy in changes for key, value in remedy.items()}
+    words = ", ".join(f"{key} {str(value).lower()}" for key, value in stated.items())
+    fits = lacking(changed) + requests.gpu(changed)["gib"]
+    return f"it would fit, in {fits:.1f} GiB, with {words}"
+
+
+def remedies(config: dict) -> list[dict]:
+    """Return changes to try, in order: those that leave the result alone, then machines, then the rest."""
+    training, target = config["training"], config["rope"]["target_length"]
+    found = [
+        {"training.gradient_checkpointing": True},
+        {"training.micro_batch_size": 1},
+    ]
+    if "bf16" in requests.gpu(config)["tflops"]:
+        # FlashAttention needs the same GPUs as bf16 does.
+        found += [{"training.attention": "flash_attention_2"}, {"training.precision": "bf16"}]
+    found.append({"training.zero_stage": 3})
+    found += [
+        {"training.gpus": n, "training.zero_stage": 3} for n in (2, 4, 8) if n > training["gpus"]
+    ]
+    found += [
+        {"training.nodes": n, "training.zero_stage": 3} for n in (2, 4, 8) if n > training["nodes"]
+    ]
+    larger = {
+        entry["gib"]: name
+        for name, entry in requests.known_gpus().items()
+        if entry["gib"] > requests.gpu(config)["gib"] and training["precision"] in entry["tflops"]
+    }
+    found += [{"hardware.gpu": larger[size]} for size in sorted(larger)]
+    found.append({"training.mode": "lora"})
+    lengths = [target // 2**power for power in range(1, 8) if target // 2**power >= 512]
+    return found + [{"rope.target_length": length} for length in lengths]
+
+
+def apply(config: dict, changes: list[dict]) -> dict | None:
+    """Return the config with dotted keys set, or None where the batch cannot be split so."""
+    changed = copy.deepcopy(config)
+    for key, value in (item for change in changes for item in change.items()):
+        section, name = key.split(".")
+        changed[section][name] = value
+    try:
+        batches.accumulation(changed["training"])
+    except UserError:
+        return None
+    return changed
+
+
+def submissions(config: dict, profile: Path) -> list[tuple[str, str]]:
+    """Return each rule and the sbatch command that the executor plugin would submit it with.
+
+    Snakemake builds the DAG of the whole run, the profile's resources and overrides included, and the
+    plugin writes the command. RUN, LOG and DIRECTORY stand for what differs from start to start.
+    Local rules have none.
+    """
+    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+    from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+    found = {}
+    every, local = jobs(config, profile)
+    count = Counter(job.rule.name for job in every)
+    for job in every:
+        name = f"{job.rule.name} × {count[job.rule.name]}".removesuffix(" × 1")
+        if job.rule.name in local:
+            found[name] = "runs where Snakemake runs, on the login node"
+            continue
+        account, partition = (job.resources.get(f"slurm_{k}") for k in ("account", "partition"))
+        given = {
+            "run_uuid": "RUN",
+            "slurm_logfile": "LOG",
+            "comment_str": f"rule_{job.rule.name}",
+            "account": f"-A {account}" if account else "",
+            "partition": f"-p {partition}" if partition else "",
+            "workdir": "DIRECTORY",
+        }
+        call = get_submit_command(job, given) + set_gres_string(job)
+        found[name] = re.sub(" +", " ", call)
+    return list(found.items())
+
+
+def document(profile: Path) -> str:
+    """Return docs/requests.md: the requests of the default and of each preset."""
+    text = [
+        "# Requests to SLURM\n",
+        "What each rule is submitted with at the first attempt, by `profiles/slurm` as it comes; a retry",
+        "asks for 1.5 times the memory and time. `python scripts/plan.py --document > docs/requests.md`",
+        "writes this file, and a test compares it. RUN, LOG and DIRECTORY differ from start to start; after",
+        "them comes the command in `--wrap`. No preset has been run on a GPU by us.",
+    ]
+    for file in [None, *sorted((ROOT / "presets").glob("*.yaml"))]:
+        title = f"presets/{file.name}" if file else "The default"
+        text.append(f"\n## {title}\n\n| rule | request |\n| --- | --- |")
+        rows = submissions(layered(file), profile)
+        text += [
+            f"| {rule} | {f'`{call}`' if call.startswith('sbatch') else call} |"
+            for rule, call in rows
+        ]
+    return "\n".join(text) + "\n"
+
+
+def jobs(config: dict, profile: Path) -> tuple[list, set[str]]:
+    """Return Snakemake's jobs of a whole run, in the order of the rules, and the local rules' names."""
+    from snakemake import api
+    from snakemake.settings.enums import Quietness
+
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "config.json"
+        file.write_text(json.dumps(config), encoding="utf-8")
+        stated = read_profile(profile)
+        with api.SnakemakeApi(api.OutputSettings(quiet={Quietness.ALL})) as snakemake:
+            workflow = snakemake.workflow(
+                api.ResourceSettings(
+                    nodes=stated.jobs,
+                    default_resources=stated.default_resources,
+                    overwrite_resources=stated.set_resources,
+                    overwrite_threads=stated.set_threads,
+                ),
+                config_settings=api.ConfigSettings(configfiles=[file]),
+                snakefile=ROOT / "Snakefile",
+            )
+            dag = workflow.dag(api.DAGSettings(forceall=True))
+            dag.execute_workflow(executor="slurm", pseudo_executor="dryrun")
+            order = [rule.name for rule in workflow._workflow.rules]
+            found = list(workflow._workflow.dag.jobs)
+            local = set(workflow._workflow._localrules)
+    found = [job for job in found if job.rule.name != "all"]
+    return sorted(found, key=lambda job: (order.index(job.rule.name), str(job.wildcards))), local
+
+
+def read_profile(profile: Path):
+    """Return Snakemake's settings as a profile states them."""
+    from snakemake import cli
+
+    if not (profile / "config.yaml").is_file():
+        raise UserError(f"{profile} has no config.yaml; mend --profile")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return cli.parse_args(["--workflow-profile", str(profile), "--dry-run"])[1]
+    except SystemExit:
+        reason = said.getvalue().strip().splitlines()[-1]
+        raise UserError(
+            f"{profile}/config.yaml is refused by Snakemake ({reason}); mend it"
+        ) from None
+
+
+if __name__ == "__main__":
+    program(main)()
