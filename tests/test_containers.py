@@ -78,10 +78,6 @@ def test_locks_agree_on_the_packages_they_share():
         for (package, marker), (version, _) in pins(name).items():
             version = version.partition("+")[0]
             assert versions.setdefault((package, marker), version) == version, (name, package)
-    # The markers of one package may differ between locks, but not all of its versions.
-    for variant, locks in containers.LOCKS.items():
-        assert {package for package, _ in pins(variant)} & {package for package, _ in pins("run")}
-        assert locks[0] == variant
     torch = (ENVS / "torch.txt").read_text(encoding="utf-8").splitlines()[-1]
     assert versions["torch", ""] == torch.partition("==")[2]
 
@@ -211,13 +207,18 @@ def test_an_image_of_the_users_is_taken_as_it_is(tree):
     )
 
 
-def test_the_file_of_an_image_is_where_snakemake_puts_it(tmp_path):
+def test_an_image_is_entered_as_snakemake_does_it():
+    from snakemake.deployment import singularity
     from snakemake.deployment.singularity import Image
 
     persistence = SimpleNamespace(container_img_path=".snakemake/singularity")
     dag = SimpleNamespace(workflow=SimpleNamespace(persistence=persistence))
     for image in (f"docker://a/b@sha256:{'2' * 64}", ".cache/images/x.sif"):
-        assert containers.image_file(image) == Image(image, dag, False).path
+        file = Image(image, dag, False).path
+        assert containers.image_file(image) == file
+        command = singularity.shellcmd(file, "true", args="--nv", shell_executable="bash")
+        said = containers.exec_command(image, "--nv").replace('"$PWD"', repr(os.getcwd()))
+        assert command.split()[1:] == [*said.split()[1:], "bash", "-c", "'true'"]
 
 
 def test_the_environment_binds_and_keeps_pythons_variables_out(tmp_path, monkeypatch):
