@@ -82,13 +82,13 @@ def test_locks_agree_on_the_packages_they_share():
     assert versions["torch", ""] == torch.partition("==")[2]
 
 
-def test_the_cuda_lock_is_what_the_index_has_for_linux():
+def test_the_cuda_lock_is_what_the_index_has_for_linux(tmp_path):
     """It resolves for Python 3.11 and 3.12 on x86-64, and its hashes are the index's (no download)."""
     for name in ("cuda", "flash"):
         if name == "cuda":
             for python in ("3.11", "3.12"):
                 command = ["uv", "pip", "install", "--no-config", "--dry-run", "--require-hashes"]
-                command += ["--no-deps", "--only-binary", ":all:", "--target", "nowhere"]
+                command += ["--no-deps", "--only-binary", ":all:", "--target", tmp_path]
                 command += ["--python-platform", "x86_64-manylinux_2_28"]
                 run([*command, "--python-version", python, "-r", ENVS / "cuda.txt"])
         command = ["uv", "pip", "compile", "--no-config", "--no-deps", "--universal", "--quiet"]
