@@ -28,7 +28,10 @@ IN_APPTAINER = (
     DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
 )
 if IN_APPTAINER:
-    os.environ.update(containers.environment(config))
+    try:
+        os.environ.update(containers.environment(config))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 # The RoPE variant that training starts from, and those that are evaluated untrained.
 TRAINED_ROPE = (

@@ -15,6 +15,7 @@ import yaml
 from conftest import ROOT, Workspace
 
 from longyarn import containers
+from longyarn.cli import UserError
 
 SPEC = importlib.util.spec_from_file_location("lock", ROOT / "envs" / "lock.py")
 lock = importlib.util.module_from_spec(SPEC)
@@ -246,6 +247,13 @@ def test_the_environment_binds_and_keeps_pythons_variables_out(tmp_path, monkeyp
     monkeypatch.setenv("APPTAINER_BIND", values["APPTAINER_BIND"])
     again = containers.environment(config_of("cpu", work=str(tmp_path / "scratch" / "work")))
     assert again == values  # a Snakemake inside a job adds nothing
+
+
+def test_a_root_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^paths\.work cannot be made .*; choose another$"):
+        containers.environment(config_of("cpu", work="file/work"))
 
 
 # The image itself, and the chain inside it.

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from longyarn.cli import UserError
+
 LOCKS = {"cpu": ("cpu", "build", "run"), "cuda": ("cuda", "build", "run", "flash")}
 
 # Never from the host: its modules are not the image's.
@@ -51,7 +53,7 @@ def resolve(config: dict, root: Path) -> str:
     if image not in LOCKS:
         return image
     recorded = yaml.safe_load((root / "containers" / "images.yaml").read_text(encoding="utf-8"))
-    entry = recorded[image]
+    entry = recorded.get(image)
     if entry and entry["recipe"] == recipe(image, "Dockerfile", root):
         return entry["image"]
     return str(sif(image, config["paths"]["cache"], root))
@@ -99,8 +101,9 @@ def program() -> str:
 def environment(config: dict) -> dict[str, str]:
     """Return the variables that bind the config's directories and keep the host's Python out.
 
-    Apptainer itself mounts the working directory (as the home), /tmp and little else. Directories that
-    do not exist yet are made, because what is not there cannot be bound. What the user has set stays.
+    Apptainer itself mounts the working directory (as the home), /tmp and little else. The directories
+    of the config are made, because what is not there cannot be bound; UserError if that fails. What the
+    user has set stays.
     """
     host, name = os.environ, program().upper()
     cache = Path(config["paths"]["cache"]).expanduser().resolve()
@@ -111,8 +114,11 @@ def environment(config: dict) -> dict[str, str]:
             values[f"{name}ENV_{key}"] = str(value)
 
     paths = [Path(path).expanduser() for path in config["paths"].values()]
-    for path in paths:
-        path.mkdir(parents=True, exist_ok=True)
+    for key, path in zip(config["paths"], paths, strict=True):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"paths.{key} cannot be made ({error}); choose another") from None
     paths.append(Path(config["model"]["source"]).expanduser())
     paths += [Path(part) for key in HOST_PATHS for part in host.get(key, "").split()]
     user = host.get("APPTAINER_BIND") or host.get("SINGULARITY_BIND") or ""
