@@ -106,14 +106,14 @@ def environment(config: dict) -> dict[str, str]:
     user has set stays.
     """
     host, name = os.environ, program().upper()
-    cache = Path(config["paths"]["cache"]).expanduser().resolve()
+    cache = Path(config["paths"]["cache"]).resolve()
     values = {f"{name}ENV_{key}": value for key, value in PYTHON.items()}
     # The home is the working directory there; caches that would land in it go where downloads are.
     for key, value in {"XDG_CACHE_HOME": cache, "TRITON_CACHE_DIR": cache / "triton"}.items():
         if f"{name}ENV_{key}" not in host:
             values[f"{name}ENV_{key}"] = str(value)
 
-    paths = [Path(path).expanduser() for path in config["paths"].values()]
+    paths = [Path(path) for path in config["paths"].values()]
     for key, path in zip(config["paths"], paths, strict=True):
         try:
             path.mkdir(parents=True, exist_ok=True)
