@@ -46,12 +46,13 @@ class Run:
 
     def submitted(self) -> dict[str, object]:
         """Return one job of each rule that SLURM is to run, by the rule's name."""
-        return {job.rule.name: job for job in self.jobs if not job.is_local}
+        return {job.rule.name: job for job in self.jobs if self.slurm and not job.is_local}
 
 
 def of_workflow(workflow, config: dict) -> Run:
     """Return what Snakemake is about to run; to be called from `onstart:`."""
     order = [rule.name for rule in workflow.rules]
+    # Snakemake has no public way to its executor.
     return Run(
         config=config,
         jobs=sorted(workflow.dag.needrun_jobs(), key=lambda job: order.index(job.rule.name)),
@@ -101,17 +102,19 @@ def image(run: Run) -> str:
 
 def gpus(run: Run) -> str:
     """This machine has the GPUs that its jobs ask for."""
-    wanted = max((int(job.resources.get("gpu", 0)) for job in run.jobs), default=0)
+    asked = {job.rule.name: int(job.resources.get("gpu", 0)) for job in run.jobs if job.is_local}
+    if "train" in asked:  # Snakemake lowers what a job asks for to what --resources gives
+        asked["train"] = run.config["training"]["gpus"]
+    rule = max(asked, key=asked.get, default=None)
+    wanted = asked.get(rule, 0)
     if not wanted:
-        raise NotChecked("no job to come asks for a GPU")
-    if run.slurm:
-        raise NotChecked("jobs run on SLURM's machines, and GPUs cannot be seen from here")
+        raise NotChecked("no job to come asks for a GPU of this machine")
     try:
         done = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
-        said = first_line(error) if not getattr(error, "stdout", None) else error.stdout.strip()
+        said = first_line(getattr(error, "stdout", None) or error)
         raise UserError(
             f"training.gpus is {run.config['training']['gpus']}, but `nvidia-smi -L` fails here "
             f"({said}); install NVIDIA's driver, or set training.gpus to 0 for the CPU"
@@ -122,7 +125,8 @@ def gpus(run: Run) -> str:
     if count < wanted:
         hidden = f" (CUDA_VISIBLE_DEVICES is {chosen!r})" if count < len(found) else ""
         raise UserError(
-            f"a job asks for {wanted} GPUs, but this machine shows {count}{hidden}; lower training.gpus"
+            f"{rule} asks for {wanted} GPUs, but this machine shows {count}{hidden}; lower training.gpus, "
+            "or use a larger machine"
         )
     if run.gpus is None or run.gpus < wanted:
         raise UserError(
@@ -145,8 +149,8 @@ def disk(run: Run) -> str:
         if free < needed:
             most = ", ".join(f"{part} {size / 1e9:.2f} GB" for _, part, size in parts)
             raise UserError(
-                f"{' and '.join(keys)} have {free / 1e9:.2f} GB free and about {needed / 1e9:.2f} GB are "
-                f"needed ({most}); free some, or set a path on another disk"
+                f"the disk of {' and '.join(keys)} has {free / 1e9:.2f} GB free and about "
+                f"{needed / 1e9:.2f} GB are needed ({most}); free some, or set a path on another disk"
             )
         told.append(f"about {needed / 1e9:.2f} of {free / 1e9:.0f} GB free at {' and '.join(keys)}")
     if not told:
@@ -203,7 +207,7 @@ def hub(run: Run) -> str:
 
     source, revision = run.config["model"]["source"], run.config["model"]["revision"]
     if not run.has("download_model"):
-        raise NotChecked("the model is not among what is to be made")
+        raise NotChecked("the model is here already")
     if download_model.is_local(source):
         raise NotChecked("model.source is a directory")
     try:
@@ -215,14 +219,21 @@ def hub(run: Run) -> str:
 
 def slurm(run: Run) -> str:
     """SLURM takes each request: `sbatch --test-only` checks it and submits nothing."""
-    if not run.slurm:
-        _stays_on_this_machine(run)
+    nodes = run.config["training"]["nodes"]
+    if nodes > 1 and run.has("train") and not run.slurm and "SLURM_JOB_ID" not in os.environ:
+        raise UserError(
+            f"training.nodes is {nodes}, but jobs are not submitted to SLURM; add --workflow-profile "
+            "profiles/slurm, or set training.nodes to 1"
+        )
     if not run.submitted():
-        raise NotChecked("no job to come is submitted")
+        raise NotChecked("no job to come is submitted to SLURM")
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine; start Snakemake where jobs are submitted")
     for rule, job in run.submitted().items():
-        done = subprocess.run(sbatch_test(run, job), capture_output=True, text=True, timeout=60)
+        try:
+            done = subprocess.run(sbatch_test(run, job), capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            raise UserError("`sbatch --test-only` is silent for 60 s; wait for SLURM") from None
         if done.returncode:
             raise UserError(_refusal(rule, job, done.stderr))
     return f"accepts the requests of {', '.join(run.submitted())}"
@@ -234,7 +245,7 @@ def walltime(run: Run) -> str:
     SLURM itself takes a request that is too long for its partition, and lets it wait for ever.
     """
     if not run.submitted():
-        raise NotChecked("no job to come is submitted")
+        raise NotChecked("no job to come is submitted to SLURM")
     limits, shape = _partition_limits(), requests.known_shape(run.config)
     told = "the model's size is unknown yet, so the minutes that training needs are too"
     for rule, job in run.submitted().items():
@@ -264,9 +275,6 @@ def walltime(run: Run) -> str:
     return told
 
 
-CHECKS: tuple[Callable[[Run], str], ...] = (image, gpus, disk, hub, slurm, walltime)
-
-
 def sbatch_test(run: Run, job) -> list[str]:
     """Return the command that SLURM's executor will submit a job with, told to submit nothing."""
     from snakemake.exceptions import WorkflowError
@@ -294,15 +302,16 @@ def sbatch_test(run: Run, job) -> list[str]:
     return [*shlex.split(call), "--test-only", "--wrap=true"]
 
 
-# What SLURM says, and what to mend. The first that fits counts.
+# What SLURM says, and what to do. The first that fits counts.
 MENDS = {
-    "partition": "slurm_partition in the profile; `sinfo` lists the partitions",
-    "account": "slurm_account in the profile; `sacctmgr show associations user=$USER` lists yours",
-    "qos": "qos in the profile",
-    "time limit": "its `runtime`, under set-resources in the profile",
-    "feature": "constraint in the profile",
-    "node configuration": "its memory, GPUs (gpu_model, training.gpus) or training.nodes: no machine of "
-    "the partition has as much",
+    "partition": "mend slurm_partition in the profile; `sinfo` lists the partitions",
+    "account": "mend slurm_account in the profile; `sacctmgr show associations user=$USER` lists yours",
+    "qos": "mend qos in the profile",
+    "time limit": "lower its `runtime`, under set-resources in the profile",
+    "feature": "mend constraint in the profile",
+    "node configuration": "no machines of the partition have as much, so ask for less memory, fewer GPUs "
+    "(training.gpus, gpu_model) or fewer machines (training.nodes), or choose another partition",
+    "contact": "wait for SLURM's controller",
 }
 
 
@@ -310,7 +319,7 @@ def _refusal(rule: str, job, said: str) -> str:
     """Return a sentence for a request that SLURM refused."""
     lines = [re.sub("^(sbatch: |error: |allocation failure: )*", "", x) for x in said.splitlines()]
     reason = "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
-    mend = next((v for k, v in MENDS.items() if k in reason.lower()), "the profile")
+    mend = next((v for k, v in MENDS.items() if k in reason.lower()), "mend the profile")
     asked = {
         "slurm_partition": "partition {}", "nodes": "{} machines", "gpu": "{} GPUs",
         "mem_mb": "{} MB", "runtime": "{} minutes",
@@ -318,17 +327,7 @@ def _refusal(rule: str, job, said: str) -> str:
     resources = [
         text.format(job.resources.get(k)) for k, text in asked.items() if job.resources.get(k)
     ]
-    return f"SLURM refuses the job of {rule} ({', '.join(resources)}): {reason}; mend {mend}"
-
-
-def _stays_on_this_machine(run: Run) -> None:
-    nodes = run.config["training"]["nodes"]
-    if nodes > 1 and run.has("train") and "SLURM_JOB_ID" not in os.environ:
-        raise UserError(
-            f"training.nodes is {nodes}, but jobs run on this machine alone; add --workflow-profile "
-            "profiles/slurm, or set training.nodes to 1"
-        )
-    raise NotChecked("jobs run on this machine")
+    return f"SLURM refuses the job of {rule} ({', '.join(resources)}): {reason}; {mend}"
 
 
 def _minutes_asked(run: Run, job) -> list[int]:
@@ -363,3 +362,6 @@ def minutes_of(limit: str) -> float:
         return (86400 * int(days or 0) + seconds) / 60
     except ValueError:  # infinite, n/a
         return math.inf
+
+
+CHECKS: tuple[Callable[[Run], str], ...] = (image, gpus, disk, hub, slurm, walltime)
