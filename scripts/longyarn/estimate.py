@@ -210,6 +210,8 @@ def training_flops(shape: Shape, setup: Setup, tokens: float) -> float:
         flops += 6 * shape.adapter_parameters(setup.lora)
     if setup.gradient_checkpointing:
         flops += matrices + attention
+        if setup.mode == "full":  # torch stops recomputing before a layer's last matrix
+            flops -= 2 * shape.intermediate_size * shape.hidden_size * shape.num_hidden_layers
     return flops * tokens
 
 

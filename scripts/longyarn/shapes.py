@@ -140,15 +140,25 @@ def find(config: dict) -> Shape | None:
     In this order: the ``config.json`` of a local ``model.source``, that of the downloaded base,
     ``model.shape``.
     """
+    source, name = config["model"]["source"], config["model"]["shape"]
     run = Path(config["paths"]["results"]) / config["run"]
-    for directory in (Path(config["model"]["source"]).expanduser(), run / "base"):
-        file = directory / "config.json"
-        if file.is_file():
+    directories = [Path(source).expanduser()]
+    if (_read(run / "base.json").get("facts") or {}).get("source") == source:
+        directories.append(run / "base")
+    for directory in directories:
+        if record := _read(directory / "config.json"):
             try:
-                return Shape.of(json.loads(file.read_text(encoding="utf-8")), str(file))
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                break
+                return Shape.of(record, str(directory / "config.json"))
             except UserError:
-                if config["model"]["shape"] is None:
+                if name is None:
                     raise
-    return named(config["model"]["shape"]) if config["model"]["shape"] else None
+    return named(name) if name else None
+
+
+def _read(file: Path) -> dict:
+    """Return a JSON file's mapping; nothing where it is not there or broken, which its stage says."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,178 @@
+"""The plan before paying: what it says, what it refuses and advises, and every request to SLURM."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+from stages import one_sentence
+
+import plan
+from longyarn.cli import UserError
+from longyarn.config import complete
+
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+needs_plugin = pytest.mark.skipif(
+    subprocess.run(
+        [sys.executable, "-c", "import snakemake_executor_plugin_slurm"], capture_output=True
+    ).returncode
+    != 0,
+    reason="SLURM's executor plugin is not installed; `make setup-slurm` does it",
+)
+
+
+def make_plan(workspace, overrides: dict | None = None, *arguments: str):
+    """Run the program as `make plan` does."""
+    if overrides is not None:
+        (workspace.directory / "mine.yaml").write_text(json.dumps(overrides))
+        arguments = ("--configfile", "mine.yaml", *arguments)
+    return subprocess.run(
+        [sys.executable, "scripts/plan.py", *arguments],
+        cwd=workspace.directory,
+        capture_output=True,
+        text=True,
+    )
+
+
+def llama(shape: str, length: int = 32768, **training) -> dict:
+    """Return a configuration of a model that is nowhere."""
+    default = {"precision": "bf16", "batch_size": 64, "gpus": 1, "gradient_checkpointing": True}
+    return {
+        "model": {"source": "owner/name", "shape": shape},
+        "rope": {"target_length": length},
+        "training": default | {"attention": "flash_attention_2"} | training,
+        "evaluation": {"precision": "bf16", "attention": "flash_attention_2"},
+    }
+
+
+def configuration(overrides: dict) -> dict:
+    from snakemake.utils import update_config
+
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    update_config(config, overrides)
+    return complete(config, ROOT / "schemas/config.schema.yaml")
+
+
+@needs_plugin
+def test_the_committed_table_is_what_snakemake_would_submit(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert (ROOT / "docs/requests.md").read_text() == plan.document(plan.DEFAULT_PROFILE), (
+        "run `python scripts/plan.py --document > docs/requests.md`"
+    )
+
+
+@needs_plugin
+def test_overrides_of_the_profile_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
+    profile["default-resources"] |= {
+        "slurm_partition": "long", "slurm_account": "mine", "gpu_model": "a100",
+    }  # fmt: skip
+    profile["set-resources"] = {"train": {"runtime": 77, "mem_mb": 123456}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(profile))
+    config = plan.layered(ROOT / "presets/llama2-7b-32k.yaml")
+    train = dict(plan.submissions(config, tmp_path))["train"]
+    for part in ("-A mine", "-p long", "-t 77", "--mem 123456", "--gpus=a100:8"):
+        assert part in train
+
+
+@needs_plugin
+def test_a_broken_profile_is_one_sentence(workspace):
+    (workspace.directory / "profiles/slurm/config.yaml").write_text("no-such-key: 1\n")
+    done = make_plan(workspace)
+    assert done.returncode == 1
+    assert "no-such-key" in one_sentence(done.stderr)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_are_valid_fit_and_say_what_they_are(preset):
+    config = plan.layered(preset)
+    plan.check_fit(config)
+    assert config["run"] == preset.stem
+    assert "NEVER RUN ON A GPU BY US" in preset.read_text()
+    for part in ("tokens", "most at once", "train", "checkpoints"):
+        assert part in plan.costs(config)
+
+
+def test_the_default_is_planned_from_the_config_alone(workspace):
+    """Nothing is written but Snakemake's own directory."""
+    before = {path.name for path in workspace.directory.iterdir()}
+    done = make_plan(workspace)
+    assert done.returncode == 0, done.stderr
+    assert "614,400: 75 steps × 2 sequences × 4096" in done.stdout
+    assert {path.name for path in workspace.directory.iterdir()} - before <= {".snakemake"}
+
+
+def test_the_rule_prints_the_same_plan(workspace):
+    done = workspace.snakemake("plan")
+    assert "8,192: 4 steps × 2 sequences × 1024" in done.stdout
+
+
+def test_without_a_shape_there_is_no_plan(workspace):
+    done = make_plan(workspace, {"model": {"source": "owner/name"}})
+    assert done.returncode == 1
+    assert re.search("shape of owner/name is unknown.*model.shape", one_sentence(done.stderr))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"model": {"shape": "gpt-5"}}, "model.shape gpt-5 is not in resources/shapes.yaml"),
+        ({"hardware": {"gpu": "b300"}}, "hardware.gpu b300 is not in resources/gpus.yaml"),
+        ({"hardware": {"gpu": "v100-32gb"}}, "hardware.gpu v100-32gb has no bf16"),
+    ],
+)
+def test_unknown_names_are_one_sentence_also_in_a_run(workspace, overrides, sentence):
+    overrides = {"training": {"gpus": 1, "precision": "bf16"}} | overrides
+    done = make_plan(workspace, overrides)
+    assert done.returncode == 1 and sentence in one_sentence(done.stderr)
+    run = workspace.snakemake("-n", overrides=overrides, check=False)
+    assert run.returncode == 1 and sentence in run.stdout and "Traceback" not in run.stdout
+
+
+REFUSED = {
+    "activations": (
+        llama("llama-2-7b", gradient_checkpointing=False),
+        ["training.gradient_checkpointing true"],
+    ),
+    "optimizer": (
+        llama("llama-2-7b", length=8192, mode="full"),
+        ["training.gpus 2", "training.zero_stage 3"],
+    ),
+    "weights": (llama("llama-2-70b", gpus=8), ["training.nodes 2", "training.zero_stage 3"]),
+    "logits": (llama("qwen2-7b"), ["hardware.gpu h200"]),
+    "scores": (llama("llama-2-7b", attention="eager"), ["training.attention flash_attention_2"]),
+    "length": (llama("qwen2-7b", length=131072), ["hardware.gpu h200", "rope.target_length 32768"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_fit_is_refused_and_the_advice_fits(workspace, case):
+    overrides, changes = REFUSED[case]
+    done = make_plan(workspace, overrides)
+    assert done.returncode == 1
+    assert "sbatch" not in done.stdout
+    said = one_sentence(done.stderr)
+    assert said.rpartition(" with ")[2] == ", ".join(changes), said
+    config = configuration(overrides)
+    for change in changes:
+        key, value = change.split(" ")
+        config = plan.apply(config, [{key: yaml.safe_load(value)}])
+    plan.check_fit(config)
+
+
+def test_where_nothing_helps_it_says_so():
+    config = configuration(llama("llama-2-70b", length=2**25, micro_batch_size=1))
+    with pytest.raises(UserError, match="nothing in the config makes it fit, because the loss"):
+        plan.check_fit(config)
+
+
+def test_an_evaluation_that_cannot_fit_is_refused():
+    config = configuration(llama("llama-2-7b") | {"hardware": {"gpu": "h200"}})
+    config["evaluation"]["attention"] = "eager"
+    config["evaluation"]["passkey"]["lengths"] = [32768]
+    with pytest.raises(UserError, match=r"evaluation needs .*evaluation\.attention"):
+        plan.check_fit(config)
