@@ -43,11 +43,12 @@ VARIANTS = config["evaluation"]["variants"]
 # Training on several machines calls srun and, inside, the image: srun is not in the image itself.
 NODES = config["training"]["nodes"]
 TRAINING_IMAGE = IMAGE if NODES == 1 else None
-TRAINING_ON_SEVERAL_NODES = (
-    {"nodes": NODES, "mpi": "srun", "tasks": NODES, "tasks_per_gpu": 0}
-    if NODES > 1
-    else {}
-)
+TRAINING_PLACE = {"nodes": NODES}
+if NODES > 1:
+    TRAINING_PLACE |= {"mpi": "srun", "tasks": NODES, "tasks_per_gpu": 0}
+    if config["training"]["gpus"]:
+        # SLURM could also spread the sum unevenly.
+        TRAINING_PLACE["slurm_extra"] = f"--gpus-per-node={config['training']['gpus']}"
 
 
 wildcard_constraints:

@@ -29,7 +29,7 @@ rule train:
         TRAINING_IMAGE
     threads: config["training"]["threads"] * max(1, config["training"]["gpus"])
     resources:
-        **TRAINING_ON_SEVERAL_NODES,
+        **TRAINING_PLACE,
         mem_mb=request("train", "mem_mb"),
         runtime=request("train", "runtime"),
         gpu=config["training"]["nodes"] * config["training"]["gpus"],

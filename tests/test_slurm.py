@@ -272,10 +272,10 @@ def processes(directory: Path, stage: str) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            program, script, *rest = (process / "cmdline").read_bytes().split(b"\0")
-            unbuffered = [script, *rest] if script != b"-u" else rest
+            words = (process / "cmdline").read_bytes().split(b"\0")
             here = os.readlink(process / "cwd") == str(directory)
-            if here and b"python" in program and unbuffered[0] == f"scripts/{stage}.py".encode():
+            # python, perhaps -u, and the script; the launcher has the script among its own arguments.
+            if here and b"python" in words[0] and f"scripts/{stage}.py".encode() in words[1:3]:
                 found.append(int(process.name))
     return found
 
