@@ -30,7 +30,7 @@ COMMAND = [
     "--slurm-init-seconds-before-status-checks", "2", "--latency-wait", "5",
 ]  # fmt: skip
 TRAINED = "results/tests/trained.json"
-LIMIT = 300  # seconds, after which a run counts as hanging
+LIMIT = 900  # seconds, after which a run counts as hanging
 
 
 class Run:

@@ -5,6 +5,7 @@ The GPUs are device files, so that SLURM counts, hands out and constrains them; 
 them. Memory, cores and devices of a job are held in by cgroups (version 1).
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -95,6 +96,9 @@ class Cluster:
 
     def start(self) -> None:
         """Write the configuration, start munged, slurmctld and both slurmd, and wait for the nodes."""
+        # Ports and /etc/slurm are the machine's: one cluster at a time.
+        self.lock = open("/tmp/longyarn-slurm.lock", "w")  # noqa: SIM115 - held until the end
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
         (self.root / "state").mkdir(parents=True)
         devices = self.root / "devices"
         devices.mkdir()
@@ -199,6 +203,7 @@ class Cluster:
                 process.kill()
         for name in ("slurm.conf", "cgroup.conf", "gres.conf"):
             (SYSTEM / name).unlink(missing_ok=True)
+        self.lock.close()
 
     def _spawn(self, name: str, command: list[str]) -> None:
         log = open(self.root / f"{name}.out", "ab")  # noqa: SIM115 - the process keeps it
