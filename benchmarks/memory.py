@@ -35,8 +35,8 @@ ONE_BILLION = MICRO | {
 }  # fmt: skip
 # A case is a config.json, a length, and what differs from `TRAINING`.
 TRAINING = {
-    "steps": 2, "learning_rate": 1.0e-4, "warmup_steps": 0, "precision": "fp32", "threads": 2, "logging_steps": 1,
-    "gradient_checkpointing": False,
+    "steps": 2, "learning_rate": 1.0e-4, "warmup_steps": 0, "precision": "fp32", "threads": 2,
+    "logging_steps": 1, "gradient_checkpointing": False,
 }  # fmt: skip
 CASES = {
     "nothing": (NOTHING, 128, {}),

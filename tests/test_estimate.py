@@ -7,6 +7,7 @@ import json
 import sys
 
 import pytest
+import snakemake.utils
 import torch
 import transformers
 import yaml
@@ -227,6 +228,39 @@ def test_arithmetic_of_a_real_step(monkeypatch):
             # Eager attention computes the half that causality hides; ours counts the other half.
             attention = estimate.forward_flops(shape, length)[2] * length * (3 + again)
             assert guess + attention == pytest.approx(counter.get_total_flops(), rel=0.03), mode
+
+
+def test_what_other_files_say_too():
+    import passkey
+    import perplexity
+    import train
+
+    assert train.CHECKPOINTS_KEPT == estimate.CHECKPOINTS_KEPT
+    assert passkey.TOKENS_AT_ONCE == estimate.EVALUATED_AT_ONCE
+    assert perplexity.LOGITS_AT_ONCE == estimate.LOGITS_AT_ONCE
+
+
+def test_disk_of_a_finished_run(finished):
+    """Everything that the stages wrote, but for the small files that no estimate counts."""
+    from stages import MICRO_BASE
+
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    snakemake.utils.update_config(config, yaml.safe_load((ROOT / "tests/config.yaml").read_text()))
+    config = complete(config, ROOT / "schemas/config.schema.yaml")
+    base = (MICRO_BASE / "model.safetensors").stat().st_size
+    guess = estimate.disk(shapes.Shape.of(memory.MICRO), config, base)
+    files = {
+        "base model": "results/tests/base/*.safetensors",
+        "merged model": "results/tests/merged/*.safetensors",
+        "packed sequences": "results/tests/pack/*.safetensors",
+        "what is trained": "results/tests/trained/*.safetensors",
+        "checkpoints": "work/**/*",
+    }
+    for part, pattern in files.items():
+        found = [path for path in finished.directory.glob(pattern) if path.is_file()]
+        written = sum(path.stat().st_size for path in found)
+        print(part, written, guess[part])
+        assert guess[part] == pytest.approx(written, rel=0.15, abs=3e5), part
 
 
 def configuration(**training) -> dict:

@@ -253,6 +253,8 @@ def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float
     # A checkpoint: what is trained, twice (as DeepSpeed and as the Trainer save it), and in float32
     # the master copies and AdamW's two averages.
     checkpoint = trained * (2 * width + 12)
+    if training["mode"] == "lora" and shape.tie_word_embeddings:
+        checkpoint += width * shape.embedding_parameters  # a tied head does not count as frozen
     return {
         "base model": base,
         "corpus": packed * TEXT_PER_TOKEN,
