@@ -435,6 +435,24 @@ def test_the_image_has_what_the_locks_say_and_nothing_of_its_builder(chain, cpu_
     assert inside["cluster"]
 
 
+TALK = """
+import torch, deepspeed
+deepspeed.init_distributed("gloo")
+ones = torch.ones(4)
+deepspeed.comm.all_reduce(ones)
+print(ones.tolist(), type(deepspeed.comm.comm.cdb.shm_comm_op).__name__)
+"""
+
+
+def test_two_processes_in_the_image_talk_without_compiling(chain, cpu_image):
+    (chain.directory / "talk.py").write_text(TALK)
+    launch = ["python", "scripts/launch.py", "--standalone", "--nproc-per-node", "2", "talk.py"]
+    compiled = chain.directory / "compiled"
+    said = chain.inside(cpu_image, *launch, TORCH_EXTENSIONS_DIR=str(compiled))
+    assert said.count("[2.0, 2.0, 2.0, 2.0] module") == 2, said
+    assert not compiled.exists()
+
+
 def test_the_image_is_not_roots_and_its_history_tells_nothing(chain, cpu_image):
     inspect = ["skopeo", "inspect", "--config", "--tls-verify=false", cpu_image.address]
     text = chain.run(inspect).stdout
