@@ -276,7 +276,7 @@ def test_slurm_accepts_the_chain(on_slurm):
         ),
         (
             ["--set-resources", "train:mem_mb=600000"],
-            "error: SLURM refuses the job of train (partition gpu, 600000 MB, ",
+            "MB 600000, minutes ",
         ),
         (
             ["--set-resources", "merge:constraint=fast"],
@@ -300,7 +300,7 @@ def test_slurm_refuses(on_slurm, workspace, options, expected):
 def test_more_gpus_than_the_machines_have(on_slurm, workspace):
     done = on_slurm(training={"gpus": 5, "batch_size": 5})
     sentence = refusal(workspace, done)
-    assert "SLURM refuses the job of train (" in sentence and "5 GPUs, " in sentence
+    assert "SLURM refuses the job of train (" in sentence and "GPUs 5, " in sentence
     assert "training.gpus" in sentence
 
 

@@ -321,12 +321,10 @@ def _refusal(rule: str, job, said: str) -> str:
     reason = "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
     mend = next((v for k, v in MENDS.items() if k in reason.lower()), "mend the profile")
     asked = {
-        "slurm_partition": "partition {}", "nodes": "{} machines", "gpu": "{} GPUs",
-        "mem_mb": "{} MB", "runtime": "{} minutes",
+        "slurm_partition": "partition", "nodes": "nodes", "gpu": "GPUs", "mem_mb": "MB",
+        "runtime": "minutes",
     }  # fmt: skip
-    resources = [
-        text.format(job.resources.get(k)) for k, text in asked.items() if job.resources.get(k)
-    ]
+    resources = [f"{word} {value}" for k, word in asked.items() if (value := job.resources.get(k))]
     return f"SLURM refuses the job of {rule} ({', '.join(resources)}): {reason}; {mend}"
 
 
