@@ -283,6 +283,7 @@ def test_requests_grow_with_attempts_and_never_fall_below_what_starting_takes():
 def test_a_model_too_large_for_one_gpu_is_spread():
     config = configuration(gpus=1, batch_size=1)
     config["evaluation"]["precision"] = "bf16"
+    config["evaluation"]["passkey"]["lengths"] = [32768]
     for name, count in {"llama-2-7b": 1, "llama-2-70b": 4, "smollm2-135m": 1}.items():
         config["model"] = config["model"] | {"source": "owner/name", "shape": name}
         assert requests.request(config, "passkey", "gpu") == count

@@ -33,7 +33,8 @@ GPUS_OF_A_MACHINE = 8
 def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
     """Return a stage's ``mem_mb`` (MiB of a machine) or ``runtime`` (minutes) at a 1-based attempt.
 
-    Or ``gpu``, the GPUs of an evaluation job, which do not grow. A stage that needs the model's shape gets ``UNKNOWN`` where that is unknown; `make plan` says so.
+    Or ``gpu``, the GPUs of an evaluation job, which do not grow. A stage that needs the model's shape
+    gets ``UNKNOWN`` where that is unknown; `make plan` says so.
     """
     shape = known_shape(config)
     if what == "gpu":
