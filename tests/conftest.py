@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from containers.images import cpu_image  # noqa: E402, F401, a fixture
+from slurm.cluster import Cluster, unavailable  # noqa: E402
 
 # What a run reads; a copy of these is a working directory of its own.
 PARTS = (
@@ -105,6 +106,19 @@ def finished(tmp_path_factory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("finished"))
     workspace.snakemake()
     return workspace
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A real SLURM of two nodes on this machine; skips with the reason where it cannot be had."""
+    if reason := unavailable():
+        pytest.skip(f"no SLURM cluster: {reason}")
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 @pytest.fixture

@@ -168,8 +168,8 @@ class Cluster:
         return done.stdout
 
     def jobs(self, *options: str) -> list[dict]:
-        """Return the jobs that SLURM knows, each with id, comment (the rule), state and nodes."""
-        fields = {"id": "%i", "rule": "%k", "state": "%T", "nodes": "%N", "restarts": "%r"}
+        """Return the jobs that SLURM knows, each with id, comment (the rule), state, nodes and directory."""
+        fields = {"id": "%i", "rule": "%k", "state": "%T", "nodes": "%N", "directory": "%Z"}
         lines = self.run("squeue", "--noheader", f"--format={'|'.join(fields.values())}", *options)
         return [dict(zip(fields, line.split("|"), strict=True)) for line in lines.splitlines()]
 
