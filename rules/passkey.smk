@@ -15,6 +15,7 @@ rule passkey:
         mem_mb=request("passkey", "mem_mb"),
         runtime=request("passkey", "runtime"),
         gpu=request("passkey", "gpu"),
+        nodes=1,  # SLURM could spread several GPUs over machines
     params:
         code=code("passkey"),
         precision=config["evaluation"]["precision"],

@@ -17,6 +17,7 @@ rule perplexity:
         mem_mb=request("perplexity", "mem_mb"),
         runtime=request("perplexity", "runtime"),
         gpu=request("perplexity", "gpu"),
+        nodes=1,  # SLURM could spread several GPUs over machines
     params:
         code=code("perplexity"),
         precision=config["evaluation"]["precision"],

@@ -254,7 +254,9 @@ def submissions(config: dict, profile: Path) -> list[tuple[str, str]]:
     """
     from snakemake_executor_plugin_slurm.submit_string import get_submit_command
     from snakemake_executor_plugin_slurm.utils import set_gres_string
+    from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
+    settings = ExecutorPluginRegistry().get_plugin("slurm").get_settings(read_profile(profile))
     found = {}
     every, local = jobs(config, profile)
     count = Counter(job.rule.name for job in every)
@@ -272,7 +274,7 @@ def submissions(config: dict, profile: Path) -> list[tuple[str, str]]:
             "partition": f"-p {partition}" if partition else "",
             "workdir": "DIRECTORY",
         }
-        call = get_submit_command(job, given) + set_gres_string(job)
+        call = get_submit_command(job, given, settings=settings) + set_gres_string(job)
         found[name] = re.sub(" +", " ", call)
     return list(found.items())
 
