@@ -38,6 +38,8 @@ rule train:
         evaluation=evaluation_lengths(),
         inside_image=inside_image(),
         on_every_node=on_every_node(),
+        # In a job of SLURM the minutes are a limit; on a workstation they are a guess.
+        time_limit="--minutes-are-a-limit" if workflow.remote_exec else "",
     params:
         code=code("train"),
         settings=as_json(config["training"]),
@@ -52,5 +54,5 @@ rule train:
         "{resources.on_every_node} {resources.inside_image} python scripts/launch.py"
         " --nproc-per-node {params.processes} scripts/train.py"
         " --base {input.base} --rope {input.rope} --pack {input.pack} --settings {params.settings}"
-        " --work {params.work:q} --minutes {resources.runtime}"
+        " --work {params.work:q} --minutes {resources.runtime} {resources.time_limit}"
         " --manifest {output.manifest} --output {output.payload}) 2>&1 | tee {log}"

@@ -30,8 +30,9 @@ def main() -> None:
         "--settings", type=json.loads, required=True, help="config section `training`, as JSON"
     )
     parser.add_argument("--work", type=Path, required=True, help="root of work directories")
+    parser.add_argument("--minutes", type=float, default=60, help="minutes that the job asked for")
     parser.add_argument(
-        "--minutes", type=float, default=60, help="time limit of the job, where SLURM sets one"
+        "--minutes-are-a-limit", action="store_true", help="the job is ended after its minutes"
     )
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
     parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
@@ -48,7 +49,7 @@ def main() -> None:
 
     from longyarn import guards, stopping
 
-    time_limit = stopping.deadline(arguments.minutes)
+    time_limit = stopping.deadline(arguments.minutes) if arguments.minutes_are_a_limit else None
     if settings["gpus"] > torch.cuda.device_count():
         raise UserError(
             f"training.gpus is {settings['gpus']}, but this machine shows {torch.cuda.device_count()}; "

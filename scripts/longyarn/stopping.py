@@ -28,13 +28,11 @@ MARGIN = 15
 EX_TEMPFAIL = 75
 
 
-def deadline(minutes: float) -> float | None:
-    """Return the epoch second at which SLURM will end this job of ``minutes``; none outside SLURM.
+def deadline(minutes: float) -> float:
+    """Return the epoch second at which SLURM will end this job of ``minutes``.
 
     Newer versions of SLURM (23.02 on) tell it; otherwise it is reckoned from now.
     """
-    if "SLURM_JOB_ID" not in os.environ:
-        return None
     told = os.environ.get("SLURM_JOB_END_TIME")
     return float(told) if told else time.time() + 60 * minutes - BEFORE_TRAINING
 
