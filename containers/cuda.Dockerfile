@@ -12,8 +12,8 @@ COPY containers/install envs/flash.txt /opt/build/
 RUN /opt/build/install flash
 
 FROM locked
-RUN --mount=type=bind,from=flash,source=/opt/wheels,target=/opt/wheels \
-    /opt/longyarn/bin/python -m pip install --no-cache-dir --no-index --no-deps /opt/wheels/*.whl \
+RUN --mount=type=bind,from=flash,source=/opt/flash,target=/opt/flash \
+    /opt/longyarn/bin/python -m pip install --no-cache-dir --no-index --no-deps /opt/flash/*.whl \
     && /opt/longyarn/bin/python -m pip check
 ARG RECIPE
 LABEL longyarn.recipe="${RECIPE}"
