@@ -99,7 +99,10 @@ def image(run: Run) -> str:
     for path in sorted(paths):
         if not Path(path).exists():
             sentence = containers.missing(run.config, Path(__file__).resolve().parents[2])
-            raise UserError(sentence or f"the image {path} is missing; mend container.image")
+            raise UserError(
+                sentence
+                or f"the image {path} was not pulled; run `snakemake prefetch` with the same profile"
+            )
     return ", ".join(sorted(paths))
 
 
