@@ -193,7 +193,8 @@ class Cluster:
     def stop(self) -> None:
         """Cancel all jobs and end every process of the cluster."""
         self.run("scancel", "--user=root", check=False)
-        wait_for(lambda: not self.jobs(), 40, "all jobs to end", strict=False)
+        queue = ("squeue", "--noheader")
+        wait_for(lambda: not self.run(*queue, check=False), 40, "all jobs to end", strict=False)
         for process in reversed(self.processes.values()):
             process.terminate()
         for process in self.processes.values():
