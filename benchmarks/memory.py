@@ -115,7 +115,7 @@ def peaks(case: str, work: Path) -> tuple[int, int]:
 
     whole = run(
         [
-            sys.executable, ROOT / "scripts/launch.py", "--standalone", "--nproc-per-node", "1",
+            sys.executable, ROOT / "scripts/launch.py", "1", "--nproc-per-node", "1",
             ROOT / "scripts/train.py", "--base", work / "base.json", "--rope", work / "rope.json",
             "--pack", work / "pack.json", "--settings", json.dumps(settings),
             "--work", work / "work", "--manifest", work / "trained.json",

@@ -45,6 +45,7 @@ rule train:
         settings=as_json(config["training"]),
         # What `container:` does by itself: another image trains again.
         image=IMAGE if IN_APPTAINER and not TRAINING_IMAGE else "",
+        nodes=NODES,
         processes=max(1, config["training"]["gpus"]),
         work=config["paths"]["work"],
     shell:
@@ -52,7 +53,7 @@ rule train:
         "trap '' TERM; ({resources.inside_image} python scripts/check_evaluation.py --base {input.base}"
         " --tokens {input.tokens} {resources.evaluation} && "
         "{resources.on_every_node} {resources.inside_image} python scripts/launch.py"
-        " --nproc-per-node {params.processes} scripts/train.py"
+        " {params.nodes} --nproc-per-node {params.processes} scripts/train.py"
         " --base {input.base} --rope {input.rope} --pack {input.pack} --settings {params.settings}"
         " --work {params.work:q} --minutes {resources.runtime} {resources.time_limit}"
         " --manifest {output.manifest} --output {output.payload}) 2>&1 | tee {log}"

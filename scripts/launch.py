@@ -1,13 +1,14 @@
 """Start one process a GPU, as torchrun does, without its traceback on top of a stage's own sentence.
 
-Takes torchrun's arguments. On several machines, `srun` starts this once on each and SLURM's variables
-tell which of them it is; on one, torchrun's --standalone applies.
+Takes the number of machines, then torchrun's arguments. On several machines, `srun` starts this once on
+each and SLURM's variables tell which of them it is; on one, torchrun's --standalone applies.
 
 Two things differ from torchrun. A failed process has already said what is wrong; torchrun would add a
 traceback of itself, which hides it. And SIGTERM is passed on to the processes, which stop after a step
 and save, where torchrun would kill them after 30 seconds.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -26,7 +27,9 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGURG):
         signal.signal(number, pass_on)
     try:
-        run.main([*meeting_point(os.environ), "--signals-to-handle=SIGINT,SIGQUIT", *sys.argv[1:]])
+        machines, *options = sys.argv[1:]
+        place = meeting_point(int(machines), os.environ)
+        run.main([*place, "--signals-to-handle=SIGINT,SIGQUIT", *options])
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
@@ -35,20 +38,20 @@ def main() -> None:
 def pass_on(number: int, frame) -> None:
     """Pass a signal on to the processes that were started."""
     for child in psutil.Process().children():
-        if child.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(number)
 
 
-def meeting_point(environment: dict) -> list[str]:
-    """Return torchrun's options for the place of this machine among those that srun started.
+def meeting_point(machines: int, environment: dict) -> list[str]:
+    """Return torchrun's options for the place of this machine among ``machines`` that srun started.
 
     The first machine is the one that srun was called on, whose address SLURM gives to all.
     """
-    if int(environment.get("SLURM_STEP_NUM_NODES", 1)) == 1:
+    if machines == 1:
         # By address, because a machine's own name does not always lead to it.
         return ["--standalone", "--local-addr=127.0.0.1"]
     return [
-        f"--nnodes={environment['SLURM_STEP_NUM_NODES']}",
+        f"--nnodes={machines}",
         f"--node-rank={environment['SLURM_NODEID']}",
         f"--master-addr={environment['SLURM_LAUNCH_NODE_IPADDR']}",
         f"--master-port={FIRST_PORT + int(environment['SLURM_JOB_ID']) % PORTS}",

@@ -64,7 +64,7 @@ def main() -> None:
     rope = manifest.read_facts(arguments.rope)
     pack = manifest.read(arguments.pack)
     work = arguments.work / run_hash(arguments)
-    attempt = claim_together(work)
+    attempt = chosen_by_one(lambda: attempts.claim(work))
     data = Packed(
         arguments.pack.parent / next(iter(pack["files"])), pack["facts"]["document_masks"]
     )
@@ -94,7 +94,7 @@ def main() -> None:
         model=model, args=training, train_dataset=data, callbacks=[checks, guards.Lines(), stop]
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    last = attempts.last_checkpoint(work)
+    last = chosen_by_one(lambda: attempts.last_checkpoint(work))
     if last:
         guards.say(f"train: resuming from {attempts.describe(last)}")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -104,6 +104,7 @@ def main() -> None:
     # Every process takes part in gathering the weights; the first one writes the payload.
     staged = attempt / "final"
     trainer.save_model(str(staged))
+    stop.agree(training.device)  # saving may have taken minutes
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step
         publish(arguments, staged, model, base, settings)
@@ -134,24 +135,29 @@ def main() -> None:
 
 
 def run_hash(arguments: argparse.Namespace) -> str:
-    """Return the name of the work directory: a hash of settings, inputs and code."""
+    """Return the name of the work directory: a hash of settings, inputs, code and the run's name."""
     parts = {
         "settings": arguments.settings,
         "base": manifest.sha256(arguments.base),
         "rope": manifest.sha256(arguments.rope),
         "pack": manifest.sha256(arguments.pack),
         "code": manifest.code_hash(Path(__file__)),
+        # Two runs that differ in their evaluation alone must not take each other for an attempt.
+        "run": str(arguments.manifest),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def claim_together(work: Path) -> Path:
-    """Return the directory of a new attempt, the same for every process."""
+def chosen_by_one(choose):
+    """Return what ``choose`` gives in the first process, in every process.
+
+    What lies on disk may change between two looks, so that each for itself could see another thing.
+    """
     import torch
 
-    claimed = [attempts.claim(work) if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(claimed)
-    return claimed[0]
+    chosen = [choose() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(chosen)
+    return chosen[0]
 
 
 class Packed:

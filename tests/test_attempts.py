@@ -31,6 +31,17 @@ def test_numbers_go_on_after_older_attempts_were_removed(tmp_path):
     assert attempts.claim(tmp_path).name == "attempt-0003"
 
 
+def test_numbers_are_compared_as_numbers(tmp_path):
+    old, new = tmp_path / "attempt-9999", tmp_path / "attempt-10000"
+    old.mkdir()
+    new.mkdir()
+    attempts.remove_older(old)
+    assert new.exists()
+    assert attempts.superseded(old)
+    attempts.remove_older(new)
+    assert new.exists() and not old.exists()
+
+
 def test_processes_that_claim_at_once_all_get_their_own(tmp_path):
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         claimed = pool.map(attempts.claim, [tmp_path] * 40)

@@ -112,13 +112,24 @@ def test_the_deadline_is_slurm_s_own_or_reckoned_from_now(monkeypatch):
 
 
 def test_the_meeting_point_is_the_machine_that_called_srun():
-    alone = ["--standalone", "--local-addr=127.0.0.1"]
-    assert launch.meeting_point({}) == alone
-    assert launch.meeting_point({"SLURM_STEP_NUM_NODES": "1"}) == alone
     environment = {
         "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "123456",
         "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
     }  # fmt: skip
-    assert launch.meeting_point(environment) == [
+    alone = ["--standalone", "--local-addr=127.0.0.1"]
+    assert launch.meeting_point(1, {}) == alone
+    # A shell that srun started on two machines says nothing of a training on one.
+    assert launch.meeting_point(1, environment) == alone
+    assert launch.meeting_point(2, environment) == [
         "--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.7", "--master-port=23456"
     ]  # fmt: skip
+
+
+def test_a_replaced_attempt_removes_nothing_that_its_successor_may_read(alone, state):
+    first = alone
+    second = stopping.Stopping(attempts.claim(first.parent), None)
+    after_a_step(second, state)
+    attempts.claim(first.parent)
+    (second.attempt / "checkpoint-4").mkdir()
+    second.on_save(SimpleNamespace(output_dir=str(second.attempt)), state, None)
+    assert first.exists()

@@ -8,6 +8,7 @@ from the newest whole checkpoint of any attempt. Who finds a higher number than 
 replaced, and stops: a fencing token, with no lock that a crash could leave behind.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -21,25 +22,27 @@ MARKER = "whole.json"
 def claim(work: Path) -> Path:
     """Make and return the directory of a new attempt, numbered higher than every other."""
     work.mkdir(parents=True, exist_ok=True)
-    number = newest(work) + 1
     while True:
-        directory = work / f"attempt-{number:04d}"
-        try:
+        directory = work / f"attempt-{newest(work) + 1:04d}"
+        with contextlib.suppress(FileExistsError):  # another was faster
             directory.mkdir()
             return directory
-        except FileExistsError:
-            number += 1
 
 
 def newest(work: Path) -> int:
     """Return the highest number of an attempt, 0 where there is none."""
-    names = (re.fullmatch(r"attempt-(\d+)", path.name) for path in work.iterdir())
-    return max((int(name.group(1)) for name in names if name), default=0)
+    return max((number(path) for path in work.glob("attempt-*")), default=0)
+
+
+def number(attempt: Path) -> int:
+    """Return an attempt's number, 0 for a directory of another name."""
+    name = re.fullmatch(r"attempt-(\d+)", attempt.name)
+    return int(name.group(1)) if name else 0
 
 
 def superseded(attempt: Path) -> bool:
     """Tell whether a newer attempt has taken over."""
-    return newest(attempt.parent) > int(attempt.name.removeprefix("attempt-"))
+    return newest(attempt.parent) > number(attempt)
 
 
 def mark_whole(checkpoint: Path) -> None:
@@ -66,8 +69,8 @@ def is_whole(checkpoint: Path) -> bool:
 def last_checkpoint(work: Path) -> Path | None:
     """Return the whole checkpoint of the most steps, of any attempt, or nothing.
 
-    An attempt that is replaced saves at most once more and removes only the oldest of the two that
-    it keeps, so the one returned stays in place while it is read.
+    It stays in place while it is read: an attempt removes older ones only after a save of its own and
+    while none is newer (so who comes later finds that save), and of its own it keeps two.
     """
     found = [path for path in work.glob("attempt-*/checkpoint-*") if is_whole(path)]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
@@ -76,7 +79,7 @@ def last_checkpoint(work: Path) -> Path | None:
 def remove_older(attempt: Path) -> None:
     """Remove all attempts before this one, whose checkpoints are no longer needed."""
     for other in attempt.parent.glob("attempt-*"):
-        if other.name < attempt.name:
+        if 0 < number(other) < number(attempt):
             # An orphan may still write there; what it leaves goes with the next attempt.
             shutil.rmtree(other, ignore_errors=True)
 

@@ -101,7 +101,8 @@ class Stopping(TrainerCallback):
         self.longest_save = max(self.longest_save, time.monotonic() - self.save_began)
         if state.is_world_process_zero:
             attempts.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            attempts.remove_older(self.attempt)
+            if not attempts.superseded(self.attempt):
+                attempts.remove_older(self.attempt)
 
     def end(self, device: torch.device) -> None:
         """Exit, where training was stopped, so that it is tried again; else make sure to be the newest."""
