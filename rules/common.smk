@@ -40,6 +40,12 @@ TRAINED_ROPE = (
 VARIANTS = config["evaluation"]["variants"]
 
 
+def gpus_of_each_node():
+    """Return SLURM's option for the GPUs of each machine, with their type where one is stated."""
+    kind, gpus = config["hardware"]["slurm_gpu_type"], config["training"]["gpus"]
+    return f"--gpus-per-node={kind + ':' if kind else ''}{gpus}"
+
+
 # Training on several machines calls srun and, inside, the image: srun is not in the image itself.
 NODES = config["training"]["nodes"]
 TRAINING_IMAGE = IMAGE if NODES == 1 else None
@@ -48,7 +54,12 @@ if NODES > 1:
     TRAINING_PLACE |= {"mpi": "srun", "tasks": NODES, "tasks_per_gpu": 0}
     if config["training"]["gpus"]:
         # SLURM could also spread the sum unevenly.
-        TRAINING_PLACE["slurm_extra"] = f"--gpus-per-node={config['training']['gpus']}"
+        TRAINING_PLACE["slurm_extra"] = gpus_of_each_node()
+
+# Only for rules that use GPUs: with a type, SLURM's plugin asks for a GPU.
+GPU_TYPE = {}
+if config["training"]["gpus"] and config["hardware"]["slurm_gpu_type"]:
+    GPU_TYPE["gpu_model"] = config["hardware"]["slurm_gpu_type"]
 
 
 wildcard_constraints:
@@ -121,7 +132,7 @@ def on_every_node():
     threads = config["training"]["threads"] * max(1, gpus)
     return (
         f"srun --nodes={NODES} --ntasks={NODES} --ntasks-per-node=1 --cpus-per-task={threads}"
-        " --kill-on-bad-exit=1" + (f" --gpus-per-node={gpus}" if gpus else "")
+        " --kill-on-bad-exit=1" + (f" {gpus_of_each_node()}" if gpus else "")
     )
 
 

@@ -12,6 +12,7 @@ rule passkey:
         f"{RUN}/benchmarks/passkey.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
     resources:
+        **GPU_TYPE,
         mem_mb=request("passkey", "mem_mb"),
         runtime=request("passkey", "runtime"),
         gpu=request("passkey", "gpu"),

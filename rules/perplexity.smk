@@ -14,6 +14,7 @@ rule perplexity:
         f"{RUN}/benchmarks/perplexity.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
     resources:
+        **GPU_TYPE,
         mem_mb=request("perplexity", "mem_mb"),
         runtime=request("perplexity", "runtime"),
         gpu=request("perplexity", "gpu"),

@@ -30,6 +30,7 @@ rule train:
     threads: config["training"]["threads"] * max(1, config["training"]["gpus"])
     resources:
         **TRAINING_PLACE,
+        **GPU_TYPE,
         mem_mb=request("train", "mem_mb"),
         runtime=request("train", "runtime"),
         gpu=config["training"]["nodes"] * config["training"]["gpus"],

@@ -88,7 +88,7 @@ def _sentence(error: jsonschema.ValidationError) -> str:
         "maximum": lambda: f"must be at most {rule}",
         "exclusiveMinimum": lambda: f"must be more than {rule}",
         "exclusiveMaximum": lambda: f"must be less than {rule}",
-        "pattern": lambda: f"must match {rule}",
+        "pattern": lambda: "is not of the form asked for",
         "minItems": lambda: "must not be empty",
         "minLength": lambda: "must not be empty",
         "uniqueItems": lambda: "must not repeat an entry",
