@@ -20,6 +20,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import plan  # noqa: E402
 from download_corpus import pip_settings  # noqa: E402
 from longyarn import containers  # noqa: E402
 from longyarn.cli import UserError, program  # noqa: E402
@@ -114,11 +115,7 @@ def record(image: str, address: str, recipe: str) -> None:
 
 def build_sif(image: str, configs: list[Path], binds: dict[Path, str]) -> None:
     """Build from the Apptainer definition, without root, to the path where a run looks for it."""
-    cache = ".cache"
-    for path in [Path("config.yaml"), *configs]:
-        layer = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        cache = layer.get("paths", {}).get("cache", cache)
-    target = containers.sif(image, cache, ROOT)
+    target = containers.sif(image, plan.layered(*configs)["paths"]["cache"], ROOT)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial.sif")
     command = [containers.program(), "build", "--force"]

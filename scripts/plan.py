@@ -7,6 +7,7 @@ would make it fit. docs/planning.md has the formulas.
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import re
@@ -18,7 +19,7 @@ import yaml
 
 from longyarn import batches, estimate, requests, shapes
 from longyarn.cli import UserError, first_line, program
-from longyarn.config import complete
+from longyarn.config import check, complete
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_PROFILE = Path("profiles/slurm")
@@ -39,7 +40,7 @@ def main() -> None:
     if arguments.document:
         print(document(arguments.profile), end="")
         return
-    config = arguments.settings or layered(arguments.configfile)
+    config = arguments.settings or layered(*filter(None, [arguments.configfile]))
     print(costs(config), flush=True)
     check_fit(config)
     print(f"\nRequests to SLURM at the first attempt, by {arguments.profile}")
@@ -51,22 +52,37 @@ def main() -> None:
         print(f"  not shown: {error.name} is not installed; run `make setup-slurm`")
 
 
-def layered(file: Path | None) -> dict:
-    """Return config.yaml with a file layered on it, as Snakemake's --configfile does, and checked."""
+def layered(*files: Path) -> dict:
+    """Return config.yaml with files layered on it, as Snakemake's --configfile does, and checked."""
     from snakemake.utils import update_config
 
-    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
-    if file:
-        try:
-            more = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"config file {file} is missing; mend the path") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"{file} is not YAML ({first_line(error)}); mend it") from None
-        update_config(config, more or {})
+    config = {}
+    for file in (ROOT / "config.yaml", *files):
+        update_config(config, mapping(file))
     config = complete(config, ROOT / "schemas" / "config.schema.yaml")
     requests.check(config)
     return config
+
+
+def mapping(file: Path) -> dict:
+    """Return what a config file says; an empty one says nothing."""
+    try:
+        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config file {file} is missing; mend the path") from None
+    except OSError as error:
+        raise UserError(
+            f"config file {file} cannot be read ({error.strerror}); mend the path"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"config file {file} is not UTF-8; save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError) as error:  # such as the date 2024-99-99
+        raise UserError(f"{file} is not YAML ({first_line(error)}); mend it") from None
+    if said is not None and not isinstance(said, dict):
+        raise UserError(
+            f"config file {file} is not a mapping of keys to values; write it like config.yaml"
+        )
+    return said or {}
 
 
 def shape_of(config: dict) -> shapes.Shape:
@@ -199,7 +215,10 @@ def advice(config: dict) -> str:
         if without and lacking(without) <= 0:
             changed, changes = without, fewer
     stated = {key: value for remedy in changes for key, value in remedy.items()}
-    words = ", ".join(f"{key} {str(value).lower()}" for key, value in stated.items())
+    words = ", ".join(
+        f"{key} {value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in stated.items()
+    )
     fits = lacking(changed) + requests.gpu(changed)["gib"]
     return f"it would fit, in {fits:.1f} GiB, with {words}"
 
@@ -212,8 +231,9 @@ def remedies(config: dict) -> list[dict]:
         {"training.micro_batch_size": 1},
     ]
     if "bf16" in requests.gpu(config)["tflops"]:
-        # FlashAttention needs the same GPUs as bf16 does.
-        found += [{"training.attention": "flash_attention_2"}, {"training.precision": "bf16"}]
+        # FlashAttention needs the same GPUs as bf16 does, and does not compute in fp32.
+        kernels = [{"training.attention": "flash_attention_2"}, {"training.precision": "bf16"}]
+        found += reversed(kernels) if training["precision"] == "fp32" else kernels
     found.append({"training.zero_stage": 3})
     found += [
         {"training.gpus": n, "training.zero_stage": 3} for n in (2, 4, 8) if n > training["gpus"]
@@ -229,17 +249,31 @@ def remedies(config: dict) -> list[dict]:
     found += [{"hardware.gpu": larger[size]} for size in sorted(larger)]
     found.append({"training.mode": "lora"})
     lengths = [target // 2**power for power in range(1, 8) if target // 2**power >= 512]
-    return found + [{"rope.target_length": length} for length in lengths]
+    return found + [shortened(config, length) for length in lengths]
+
+
+def shortened(config: dict, target: int) -> dict:
+    """Return the change to a shorter context: what is stated of a longer one goes with it."""
+    changes = {"rope.target_length": target}
+    if config["rope"]["factor"]:
+        changes["rope.factor"] = None
+    for instrument in ("perplexity", "passkey"):
+        lengths = config["evaluation"][instrument]["lengths"]
+        if max(lengths) > target:
+            kept = [length for length in lengths if length <= target] or [target]
+            changes[f"evaluation.{instrument}.lengths"] = kept
+    return changes
 
 
 def apply(config: dict, changes: list[dict]) -> dict | None:
-    """Return the config with dotted keys set, or None where the batch cannot be split so."""
+    """Return the config with dotted keys set, or None where no run would take it."""
     changed = copy.deepcopy(config)
     for key, value in (item for change in changes for item in change.items()):
-        section, name = key.split(".")
-        changed[section][name] = value
+        *sections, name = key.split(".")
+        functools.reduce(dict.__getitem__, sections, changed)[name] = value
     try:
-        batches.accumulation(changed["training"])
+        check(changed)
+        requests.check(changed)
     except UserError:
         return None
     return changed
@@ -254,11 +288,18 @@ def submissions(config: dict, profile: Path) -> list[tuple[str, str]]:
     """
     from snakemake_executor_plugin_slurm.submit_string import get_submit_command
     from snakemake_executor_plugin_slurm.utils import set_gres_string
+    from snakemake_interface_common.exceptions import ApiError, WorkflowError
     from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
     settings = ExecutorPluginRegistry().get_plugin("slurm").get_settings(read_profile(profile))
     found = {}
-    every, local = jobs(config, profile)
+    try:
+        every, local = jobs(config, profile)
+    except (WorkflowError, ApiError) as error:
+        # It may be wrapped: names of errors, the reason, the wildcards.
+        lines = str(error).partition("\nWildcards:")[0].splitlines()
+        said = [line.strip() for line in lines if not line.endswith(":")]
+        raise refused(profile, " ".join(said).rstrip(".")) from None
     count = Counter(job.rule.name for job in every)
     for job in every:
         name = f"{job.rule.name} × {count[job.rule.name]}".removesuffix(" × 1")
@@ -291,7 +332,7 @@ def document(profile: Path) -> str:
     for file in [None, *sorted((ROOT / "presets").glob("*.yaml"))]:
         title = f"presets/{file.name}" if file else "The default"
         text.append(f"\n## {title}\n\n| rule | request |\n| --- | --- |")
-        rows = submissions(layered(file), profile)
+        rows = submissions(layered(*filter(None, [file])), profile)
         text += [
             f"| {rule} | {f'`{call}`' if call.startswith('sbatch') else call} |"
             for rule, call in rows
@@ -331,6 +372,7 @@ def jobs(config: dict, profile: Path) -> tuple[list, set[str]]:
 def read_profile(profile: Path):
     """Return Snakemake's settings as a profile states them."""
     from snakemake import cli
+    from snakemake.exceptions import CliException
 
     if not (profile / "config.yaml").is_file():
         raise UserError(f"{profile} has no config.yaml; mend --profile")
@@ -339,10 +381,16 @@ def read_profile(profile: Path):
         with contextlib.redirect_stderr(said):
             return cli.parse_args(["--workflow-profile", str(profile), "--dry-run"])[1]
     except SystemExit:
-        reason = said.getvalue().strip().splitlines()[-1]
-        raise UserError(
-            f"{profile}/config.yaml is refused by Snakemake ({reason}); mend it"
-        ) from None
+        raise refused(profile, said.getvalue().strip().splitlines()[-1].strip()) from None
+    except (CliException, ValueError, TypeError) as error:  # such as `set-resources: text`
+        raise refused(profile, first_line(error)) from None
+
+
+def refused(profile: Path, reason: str) -> UserError:
+    """Return the sentence on a profile that Snakemake does not take."""
+    return UserError(
+        f"{profile}/config.yaml is refused by Snakemake ({reason}); mend it as in {DEFAULT_PROFILE}"
+    )
 
 
 if __name__ == "__main__":

@@ -88,6 +88,31 @@ def test_an_architecture_that_the_plan_does_not_know_is_refused():
         shapes.Shape.of({"model_type": "mixtral"}, "config.json")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", None),
+        ("hidden_size", "4096"),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", -1),
+        ("vocab_size", True),
+        ("head_dim", 64.0),
+    ],
+)
+def test_a_size_that_is_none_is_refused(key, value):
+    with pytest.raises(UserError, match=f"^c.json has {key} {json.dumps(value)}, which must be"):
+        shapes.Shape.of(KNOWN["mistral-7b"] | {key: value}, "c.json")
+    if key != "head_dim" and key != "num_key_value_heads":
+        record = {name: size for name, size in KNOWN["mistral-7b"].items() if name != key}
+        with pytest.raises(UserError, match=f"^c.json lacks {key}"):
+            shapes.Shape.of(record, "c.json")
+
+
+def test_sizes_that_follow_from_others_may_be_null():
+    record = KNOWN["llama-2-7b"] | {"num_key_value_heads": None, "head_dim": None}
+    assert shapes.Shape.of(record) == shapes.named("llama-2-7b")
+
+
 def test_where_a_shape_comes_from(tmp_path):
     config = {
         "paths": {"results": str(tmp_path)},

@@ -11,6 +11,7 @@ from conftest import ROOT
 from stages import one_sentence
 
 import plan
+from longyarn import requests
 from longyarn.cli import UserError
 from longyarn.config import complete
 
@@ -80,11 +81,48 @@ def test_overrides_of_the_profile_count(tmp_path, monkeypatch):
 
 
 @needs_plugin
-def test_a_broken_profile_is_one_sentence(workspace):
-    (workspace.directory / "profiles/slurm/config.yaml").write_text("no-such-key: 1\n")
+@pytest.mark.parametrize(
+    ("profile", "reason"),
+    [
+        ("no-such-key: 1", "no-such-key"),
+        ("set-resources: text", "mend it"),
+        ("jobs: many", "must be integer"),
+        ("jobs: 1\nset-resources: {train: {runtime: soon}}", "'runtime' with value 'soon'"),
+        ("jobs: 1\nset-resources: {train: {mem_mb: 200G}}", "'mem_mb' assigned .* '200G'"),
+        ("jobs: 1\nset-threads: {train: many}", "Threads must be given as an int"),
+    ],
+)
+def test_a_broken_profile_is_one_sentence(workspace, profile, reason):
+    (workspace.directory / "profiles/slurm/config.yaml").write_text(profile + "\n")
     done = make_plan(workspace)
     assert done.returncode == 1
-    assert "no-such-key" in one_sentence(done.stderr)
+    said = one_sentence(done.stderr)
+    assert said.startswith("error: profiles/slurm/config.yaml is refused by Snakemake")
+    assert re.search(reason, said)
+
+
+BROKEN = {
+    "a list": (b"- run", "is not a mapping"),
+    "text": (b"run", "is not a mapping"),
+    "no YAML": (b"run: [", "is not YAML"),
+    "latin-1": ("run: h\u00e9".encode("latin-1"), "is not UTF-8"),
+    "a directory": (None, "cannot be read"),
+    "paths without a value": (b"paths:", "config key 'paths' is null"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_config_file_is_one_sentence_in_the_plan_and_in_an_image(tmp_path, case):
+    content, sentence = BROKEN[case]
+    file = tmp_path / "mine.yaml"
+    file.mkdir() if content is None else file.write_bytes(content)
+    for command in (
+        ["scripts/plan.py", "--configfile", file],
+        ["containers/build.py", "sif", "--image", "cpu", "--config", file],
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert sentence in one_sentence(done.stderr)
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -123,6 +161,8 @@ def test_without_a_shape_there_is_no_plan(workspace):
         ({"model": {"shape": "gpt-5"}}, "model.shape gpt-5 is not in resources/shapes.yaml"),
         ({"hardware": {"gpu": "b300"}}, "hardware.gpu b300 is not in resources/gpus.yaml"),
         ({"hardware": {"gpu": "v100-32gb"}}, "hardware.gpu v100-32gb has no bf16"),
+        ({"evaluation": {"attention": "flash_attention_2"}}, "evaluation.precision is fp32"),
+        ({"training": {"steps": 10**10}}, "must be at most 1000000000"),
     ],
 )
 def test_unknown_names_are_one_sentence_also_in_a_run(workspace, overrides, sentence):
@@ -131,6 +171,67 @@ def test_unknown_names_are_one_sentence_also_in_a_run(workspace, overrides, sent
     assert done.returncode == 1 and sentence in one_sentence(done.stderr)
     run = workspace.snakemake("-n", overrides=overrides, check=False)
     assert run.returncode == 1 and sentence in run.stdout and "Traceback" not in run.stdout
+
+
+@pytest.mark.parametrize("section", ["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "precision", "reason"),
+    [
+        ("a100-80gb", 0, "bf16", "training.gpus is 0"),
+        ("v100-32gb", 1, "fp16", "hardware.gpu is v100-32gb"),
+        ("a100-80gb", 1, "fp32", "{}.precision is fp32"),
+        ("a100-80gb", 1, "fp16", None),
+    ],
+)
+def test_flash_attention_needs_a_gpu_that_has_it(section, gpu, gpus, precision, reason):
+    overrides = {"hardware": {"gpu": gpu}, "training": {"gpus": gpus}}
+    flash = {"precision": precision, "attention": "flash_attention_2"}
+    config = configuration(overrides | {section: overrides.get(section, {}) | flash})
+    if reason is None:
+        requests.check(config)
+        return
+    reason = rf"^{section}\.attention flash_attention_2 needs .* but {reason.format(section)};"
+    with pytest.raises(UserError, match=reason):
+        requests.check(config)
+
+
+def test_a_local_model_with_broken_sizes_is_one_sentence(workspace):
+    record = json.loads((ROOT / "resources/micro-base/config.json").read_text())
+    (workspace.directory / "base").mkdir()
+    file = workspace.directory / "base" / "config.json"
+    file.write_text(json.dumps(record | {"num_attention_heads": 0}))
+    done = make_plan(workspace, {"model": {"source": "base"}})
+    assert done.returncode == 1
+    assert "base/config.json has num_attention_heads 0" in one_sentence(done.stderr)
+    run = workspace.snakemake("-n", overrides={"model": {"source": "base"}}, check=False)
+    assert "Traceback" not in run.stdout and "ZeroDivisionError" not in run.stdout
+
+
+def test_advice_of_a_shorter_context_takes_longer_lengths_along():
+    overrides = llama("qwen2-7b", length=131072)
+    overrides["rope"]["factor"] = 4
+    overrides["evaluation"]["perplexity"] = {
+        "lengths": [4096, 32768, 131072], "stride": 4096, "tokens_per_document": 131072,
+    }  # fmt: skip
+    overrides["evaluation"]["passkey"] = {"lengths": [65536]}
+    config = configuration(overrides)
+    with pytest.raises(UserError) as refusal:
+        plan.check_fit(config)
+    assert str(refusal.value).endswith(
+        "with hardware.gpu h200, rope.target_length 32768, rope.factor null, "
+        "evaluation.perplexity.lengths [4096, 32768], evaluation.passkey.lengths [32768]"
+    )
+    mended = plan.apply(config, [{"hardware.gpu": "h200"}, plan.shortened(config, 32768)])
+    plan.check_fit(mended)
+    assert plan.apply(config, [{"rope.target_length": 32768}]) is None
+
+
+def test_advice_is_no_setting_that_a_run_refuses():
+    """From fp16 on an A10: a V100 is larger, but has no FlashAttention."""
+    config = configuration(llama("llama-2-7b", precision="fp16") | {"hardware": {"gpu": "a10"}})
+    assert {"hardware.gpu": "v100-32gb"} in plan.remedies(config)
+    assert plan.apply(config, [{"hardware.gpu": "v100-32gb"}]) is None
+    assert "v100" not in plan.advice(config)
 
 
 REFUSED = {

@@ -49,12 +49,34 @@ def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
 
 
 def check(config: dict) -> None:
-    """Refuse a model.shape or a hardware.gpu that is not listed, or that cannot do the precision."""
+    """Refuse a model.shape or a hardware.gpu that is not listed, or that cannot do what is asked."""
     if config["model"]["shape"]:
         shapes.named(config["model"]["shape"])
-    if config["training"]["gpus"]:
-        for section in ("training", "evaluation"):
+    for section in ("training", "evaluation"):
+        if config["training"]["gpus"]:
             gpu_rate(config, config[section]["precision"])
+        if config[section]["attention"] == "flash_attention_2":
+            check_flash_attention(config, section)
+
+
+def check_flash_attention(config: dict, section: str) -> None:
+    """Refuse FlashAttention-2 where it cannot run: by its README, on GPUs of Ampere or newer alone.
+
+    Those are the GPUs that compute in bf16.
+    """
+    name, precision = config["hardware"]["gpu"], config[section]["precision"]
+    if not config["training"]["gpus"]:
+        reason = "training.gpus is 0"
+    elif "bf16" not in gpu(config)["tflops"]:
+        reason = f"hardware.gpu is {name}"
+    elif precision == "fp32":
+        reason = f"{section}.precision is fp32"
+    else:
+        return
+    raise UserError(
+        f"{section}.attention flash_attention_2 needs a GPU of the Ampere generation or newer, and "
+        f"bf16 or fp16, but {reason}; mend that or choose sdpa"
+    )
 
 
 def known_shape(config: dict) -> Shape | None:

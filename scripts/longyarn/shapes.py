@@ -40,24 +40,35 @@ class Shape:
             )
         # Qwen2 has biases on q, k and v by its code; the others say so, on all four matrices.
         biases = bool(config.get("attention_bias", False))
-        try:
-            heads = config["num_attention_heads"]
-            return cls(
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                vocab_size=config["vocab_size"],
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                qkv_bias=biases or family == "qwen2",
-                output_bias=biases,
-                mlp_bias=bool(config.get("mlp_bias", False)),
-                qk_norm=family == "qwen3",
-            )
-        except KeyError as error:
-            raise UserError(f"{name} lacks {error}; restore it from where it came") from None
+
+        def size(key: str, default: int | None = None) -> int:
+            value = config.get(key)
+            if value is None and default:
+                return default
+            if key not in config:
+                raise UserError(f"{name} lacks {key}; restore it from where it came")
+            if type(value) is not int or value < 1:
+                raise UserError(
+                    f"{name} has {key} {json.dumps(value)}, which must be a whole number above 0; "
+                    "restore it from where it came"
+                )
+            return value
+
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=size("intermediate_size"),
+            num_hidden_layers=size("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=size("num_key_value_heads", heads),
+            head_dim=size("head_dim", hidden // heads),
+            vocab_size=size("vocab_size"),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=biases or family == "qwen2",
+            output_bias=biases,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+        )
 
     @property
     def attention_size(self) -> int:
