@@ -11,6 +11,11 @@ ifeq ($(wildcard $(CONFIG)),)
 $(error config file $(CONFIG) is missing; mend CONFIG)
 endif
 endif
+ifneq ($(PROFILE),)
+ifeq ($(wildcard $(PROFILE)/config.yaml),)
+$(error profile $(PROFILE) has no config.yaml; mend PROFILE)
+endif
+endif
 LAYERED := $(if $(PROFILE),--workflow-profile $(PROFILE)) $(if $(CONFIG),--configfile $(CONFIG))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1

@@ -138,9 +138,15 @@ MISTAKES = [
     ({"rope.write_config": "yes"}, 'is "yes", but must be true or false'),
     ({"rope.factor": 1}, "'rope.factor' is 1, but must be more than 1"),
     ({"mix.long_share": 1.5}, "'mix.long_share' is 1.5, but must be at most 1"),
-    ({"model.revision": "main"}, "'model.revision' is \"main\", but is not of the form asked for (The hub commit"),
+    (
+        {"model.revision": "main"},
+        "'model.revision' is \"main\", but is not of the form asked for (The hub commit",
+    ),
     ({"corpus.packages.0.version": 0.6}, "[0].version' is 0.6, but must be text; put it in quotes"),
-    ({"corpus.packages.0.sha256": "abc"}, "'corpus.packages[0].sha256' is \"abc\", but is not of the form asked for (SHA-256"),
+    (
+        {"corpus.packages.0.sha256": "abc"},
+        "'corpus.packages[0].sha256' is \"abc\", but is not of the form asked for (SHA-256",
+    ),
     ({"corpus.packages": []}, "'corpus.packages' is [], but must not be empty"),
     ({"corpus.held_out": ["a", "a"]}, "must not repeat an entry"),
     ({"model.source": ""}, "'model.source' is \"\", but must not be empty"),

@@ -60,7 +60,10 @@ def outcomes(done) -> dict[str, str]:
 def test_the_target_says_all_and_runs_nothing(workspace):
     done = workspace.snakemake("preflight")
     said = outcomes(done)
-    assert list(said) == ["image", "gpus", "disk", "hub", "slurm", "walltime"], done.stdout
+    assert list(said) == ["command", "image", "gpus", "disk", "hub", "slurm", "walltime"], (
+        done.stdout
+    )
+    assert said.pop("command") == "ok: cores and rules"
     assert said.pop("disk").startswith("ok: ")
     assert said == {
         "image": "not checked: no job to come runs in a container (--sdm apptainer)",
@@ -154,6 +157,8 @@ def a_run(**changes) -> preflight.Run:
         "settings": None,
         "retries": 0,
         "gpus": 2,
+        "cores": 2,
+        "unknown_rules": [],
     }
     return preflight.Run(**given | changes)
 
@@ -162,6 +167,30 @@ TWO_GPUS = (
     "echo 'GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0)'\n"
     "echo 'GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-1)'"
 )
+
+
+def test_gpus_in_the_image_for_the_cpu(tmp_path):
+    job = a_run().jobs[0]
+    job.container_img_path = tmp_path
+    with pytest.raises(UserError, match=r"container\.image cpu cannot use GPUs, and"):
+        preflight.image(a_run(jobs=[job]))
+
+
+def test_no_cores():
+    with pytest.raises(UserError, match="--cores is 0"):
+        preflight.command(a_run(cores=0))
+
+
+def test_a_root_that_cannot_be_made(workspace):
+    (workspace.directory / "file").write_text("")
+    done = workspace.snakemake(overrides={"paths": {"work": "file/work"}}, check=False)
+    assert "error: paths.work file/work cannot be made, because " in refusal(workspace, done)
+
+
+def test_a_model_that_is_not_there(workspace):
+    done = workspace.snakemake(overrides={"model": {"source": "/models/none"}}, check=False)
+    sentence = refusal(workspace, done)
+    assert "error: model.source /models/none is no directory with a config.json" in sentence
 
 
 def test_gpus_that_are_there(tmp_path, monkeypatch):
@@ -224,9 +253,9 @@ def on_slurm(cluster, workspace, monkeypatch):
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
 
-    def run(*options: str, training: dict | None = None, target: str = "all"):
+    def run(*options: str, target: str = "all", **config: dict):
         before = cluster.jobs("--states=all")
-        (workspace.directory / "slurm.yaml").write_text(json.dumps({"training": training or {}}))
+        (workspace.directory / "slurm.yaml").write_text(json.dumps(config))
         done = workspace.run(
             [
                 "timeout", "--signal=KILL", "100",
@@ -243,8 +272,15 @@ def on_slurm(cluster, workspace, monkeypatch):
 
 
 def test_slurm_accepts_the_chain(on_slurm):
-    done = on_slurm(target="preflight", training={"nodes": 2, "gpus": 2, "batch_size": 4})
+    training = {"nodes": 2, "gpus": 2, "batch_size": 4}
+    done = on_slurm(target="preflight", training=training)
     assert done.returncode == 0, done.stdout
+    typed = on_slurm(
+        target="preflight", training=training, hardware={"slurm_gpu_type": "pretended"}
+    )
+    assert outcomes(typed)["slurm"] == outcomes(done)["slurm"]
+    other = on_slurm(target="preflight", training=training, hardware={"slurm_gpu_type": "h100"})
+    assert "error: SLURM refuses the job of train" in other.stdout
     said = outcomes(done)
     # The downloads run on the login node and are not asked about.
     assert said["slurm"] == (
@@ -270,6 +306,14 @@ def test_slurm_accepts_the_chain(on_slurm):
             "Invalid feature specification; mend constraint in the profile",
         ),
         (
+            ["--set-resources", "trian:mem_mb=2000"],
+            "error: set-resources names trian, but no rule is called so; mend the profile",
+        ),
+        (
+            ["--set-resources", "train:nodes=2"],
+            "error: the profile sets nodes of train to 2, but training.nodes is 1; take it out",
+        ),
+        (
             ["--set-resources", "train:runtime=90000"],
             "error: train asks for 90000 minutes at attempt 1, but partition gpu gives ",
         ),
@@ -282,6 +326,22 @@ def test_slurm_accepts_the_chain(on_slurm):
 )
 def test_slurm_refuses(on_slurm, workspace, options, expected):
     assert expected in refusal(workspace, on_slurm(*options))
+
+
+def test_options_that_replace_what_several_machines_need(on_slurm, workspace):
+    training = {"nodes": 2, "gpus": 2, "batch_size": 4}
+    done = on_slurm("--set-resources", "train:slurm_extra='--exclusive'", training=training)
+    assert "needs; add --gpus-per-node=2 to it" in refusal(workspace, done)
+
+
+def test_of_several_partitions_one_that_fits_is_enough(on_slurm):
+    longer = (
+        "--default-resources",
+        "slurm_partition=high,gpu",
+        "--set-resources",
+        "merge:runtime=70",
+    )
+    assert on_slurm(*longer, target="preflight").returncode == 0
 
 
 def test_more_gpus_than_the_machines_have(on_slurm, workspace):

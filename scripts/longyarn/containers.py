@@ -113,6 +113,10 @@ def environment(config: dict) -> dict[str, str]:
         if f"{name}ENV_{key}" not in host:
             values[f"{name}ENV_{key}"] = str(value)
 
+    token = Path(host.get("HF_TOKEN_PATH", "~/.cache/huggingface/token")).expanduser()
+    if not {"HF_TOKEN", "HF_HOME"} & set(host) and token.is_file():
+        values[f"{name}ENV_HF_TOKEN_PATH"] = str(token)  # of `hf auth login`, in the user's home
+
     paths = [Path(path) for path in config["paths"].values()]
     for key, path in zip(config["paths"], paths, strict=True):
         try:
@@ -120,6 +124,7 @@ def environment(config: dict) -> dict[str, str]:
         except OSError as error:
             raise UserError(f"paths.{key} cannot be made ({error}); choose another") from None
     paths.append(Path(config["model"]["source"]).expanduser())
+    paths.append(token)
     paths += [Path(part) for key in HOST_PATHS for part in host.get(key, "").split()]
     user = host.get("APPTAINER_BIND") or host.get("SINGULARITY_BIND") or ""
     binds = [bind for bind in user.split(",") if bind]

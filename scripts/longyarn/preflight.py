@@ -30,7 +30,8 @@ class Run:
     """What is about to run, and where.
 
     ``jobs`` are Snakemake's, those only that are not done. ``slurm`` is SLURM's executor, None where
-    jobs run on this machine. ``gpus`` is the limit that --resources gpu= sets, None without one.
+    jobs run on this machine. ``gpus`` is the limit that --resources gpu= sets, None without one;
+    ``cores`` that of --cores. ``unknown_rules`` are names under set-resources that no rule has.
     """
 
     config: dict
@@ -39,6 +40,8 @@ class Run:
     settings: object | None
     retries: int
     gpus: int | None
+    cores: int | None
+    unknown_rules: list[str]
 
     def has(self, rule: str) -> bool:
         """Tell whether a job of a rule is about to run."""
@@ -60,6 +63,8 @@ def of_workflow(workflow, config: dict) -> Run:
         settings=workflow.executor_settings,
         retries=workflow.execution_settings.retries,
         gpus=workflow.global_resources.get("gpu"),
+        cores=workflow.global_resources.get("_cores"),
+        unknown_rules=sorted(set(workflow.resource_settings.overwrite_resources) - set(order)),
     )
 
 
@@ -77,13 +82,15 @@ def check(run: Run) -> Iterable[tuple[str, str, str]]:
 def look(run: Run) -> None:
     """Exit with what is amiss, one sentence each; where `preflight` is the target, say all and exit."""
     asked = run.has("preflight")
-    wrong = 0
+    wrong = []
     for name, outcome, sentence in check(run):
-        wrong += outcome == IS_WRONG
         if outcome == IS_WRONG:
-            print(f"error: {sentence}", file=sys.stderr)
+            wrong.append(sentence)
         elif asked:
             print(f"{name}: {outcome}: {sentence}", file=sys.stderr)
+    # Last, because SLURM's plugin has its own things to say meanwhile.
+    for sentence in wrong:
+        print(f"error: {sentence}", file=sys.stderr)
     if wrong or asked:
         sys.exit(1 if wrong else 0)
 
@@ -96,6 +103,11 @@ def image(run: Run) -> str:
     paths |= {shlex.split(command)[-1] for command in commands if command}
     if not paths:
         raise NotChecked("no job to come runs in a container (--sdm apptainer)")
+    if run.config["container"]["image"] == "cpu" and run.config["training"]["gpus"]:
+        raise UserError(
+            "container.image cpu cannot use GPUs, and training.gpus is "
+            f"{run.config['training']['gpus']}; set container.image to cuda"
+        )
     for path in sorted(paths):
         if not Path(path).exists():
             sentence = containers.missing(run.config, Path(__file__).resolve().parents[2])
@@ -143,7 +155,14 @@ def gpus(run: Run) -> str:
 
 
 def disk(run: Run) -> str:
-    """The disks below the config's paths have room for what is to come, by the plan's estimate."""
+    """The config's paths can be written to, and have room for what is to come, by the plan's estimate."""
+    for key, path in run.config["paths"].items():
+        place = _existing(path)
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(
+                f"paths.{key} {path} cannot be made, because {place} is no directory that you "
+                "may write to; mend it"
+            )
     disks: dict[int, list[tuple[str, str, float]]] = {}
     for key, part, size in _to_come(run):
         disks.setdefault(_device(run.config["paths"][key]), []).append((key, part, size))
@@ -215,6 +234,10 @@ def hub(run: Run) -> str:
     if not run.has("download_model"):
         raise NotChecked("the model is here already")
     if download_model.is_local(source):
+        if not (Path(source).expanduser() / "config.json").is_file():
+            raise UserError(
+                f"model.source {source} is no directory with a config.json; mend the path"
+            )
         raise NotChecked("model.source is a directory")
     try:
         download_model.hub_info(source, revision)
@@ -233,6 +256,7 @@ def slurm(run: Run) -> str:
         )
     if not run.submitted():
         raise NotChecked("no job to come is submitted to SLURM")
+    _training_as_configured(run)
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine; start Snakemake where jobs are submitted")
     for rule, job in run.submitted().items():
@@ -243,6 +267,26 @@ def slurm(run: Run) -> str:
         if done.returncode:
             raise UserError(_refusal(rule, job, done.stderr))
     return f"accepts the requests of {', '.join(run.submitted())}"
+
+
+def _training_as_configured(run: Run) -> None:
+    """Stop where the profile gives training other machines or GPUs than the config, which counts on them."""
+    training, job = run.config["training"], run.submitted().get("train")
+    if job is None:
+        return
+    for what, key in (("nodes", "training.nodes"), ("gpu", "training.nodes × training.gpus")):
+        wanted = training["nodes"] * (training["gpus"] if what == "gpu" else 1)
+        if job.resources.get(what) != wanted:
+            raise UserError(
+                f"the profile sets {what} of train to {job.resources.get(what)}, but {key} is {wanted}; "
+                "take it out of set-resources and set the configuration"
+            )
+    each = training["nodes"] > 1 and training["gpus"]
+    if each and "--gpus-per-node" not in str(job.resources.get("slurm_extra", "")):
+        raise UserError(
+            "slurm_extra of train, in the profile, replaces the --gpus-per-node that training on several "
+            f"machines needs; add --gpus-per-node={training['gpus']} to it"
+        )
 
 
 def walltime(run: Run) -> str:
@@ -259,7 +303,8 @@ def walltime(run: Run) -> str:
         if not asked:
             continue
         _, partitions = shlex.split(run.slurm.get_partition_arg(job)) or ("", "")
-        limit = min(
+        # Of several partitions, SLURM takes one that fits.
+        limit = max(
             (limits.get(name, math.inf) for name in partitions.split(",")), default=math.inf
         )
         if max(asked) > limit:
@@ -317,6 +362,7 @@ MENDS = {
     "feature": "mend constraint in the profile",
     "node configuration": "no machines of the partition have as much, so ask for less memory, fewer GPUs "
     "(training.gpus, gpu_model) or fewer machines (training.nodes), or choose another partition",
+    "configuration source": "this machine has no configuration of SLURM; start where jobs are submitted",
     "contact": "wait for SLURM's controller",
 }
 
@@ -368,4 +414,15 @@ def minutes_of(limit: str) -> float:
         return math.inf
 
 
-CHECKS: tuple[Callable[[Run], str], ...] = (image, gpus, disk, hub, slurm, walltime)
+def command(run: Run) -> str:
+    """What Snakemake was told fits this workflow: Snakemake itself waits for ever, or says nothing."""
+    if run.cores == 0 and not run.slurm:
+        raise UserError("--cores is 0, so no job could ever start; give at least 1")
+    if run.unknown_rules:
+        raise UserError(
+            f"set-resources names {run.unknown_rules[0]}, but no rule is called so; mend the profile"
+        )
+    return "cores and rules"
+
+
+CHECKS: tuple[Callable[[Run], str], ...] = (command, image, gpus, disk, hub, slurm, walltime)

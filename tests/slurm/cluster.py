@@ -57,7 +57,7 @@ PartitionName=high Nodes=node[1-2] MaxTime=14400 PriorityTier=10 State=UP
 """
 NODE = (
     "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} SocketsPerBoard=1 CoresPerSocket={cpus} "
-    "ThreadsPerCore=1 RealMemory={memory} Gres=gpu:{gpus}"
+    "ThreadsPerCore=1 RealMemory={memory} Gres=gpu:pretended:{gpus}"
 )
 CGROUP_CONF = """
 CgroupPlugin=cgroup/v1
@@ -113,7 +113,7 @@ class Cluster:
         files = {
             "slurm.conf": SLURM_CONF.format(host=host, root=self.root, nodes="\n".join(nodes)),
             "cgroup.conf": CGROUP_CONF,
-            "gres.conf": f"NodeName=node[1-2] Name=gpu File={devices}/nvidia[0-{GPUS - 1}]\n",
+            "gres.conf": f"NodeName=node[1-2] Name=gpu Type=pretended File={devices}/nvidia[0-{GPUS - 1}]\n",
         }
         SYSTEM.mkdir(exist_ok=True)
         for name, text in files.items():
