@@ -387,12 +387,14 @@ def test_a_missing_config_file_starts_nothing(workspace):
     assert not (workspace.directory / "results").exists()
 
 
-def test_a_missing_model_is_told_and_logged(workspace):
+def test_a_model_without_weights_is_told_and_logged(workspace):
+    (workspace.directory / "empty").mkdir()
+    (workspace.directory / "empty" / "config.json").write_text("{}")
     done = workspace.snakemake(
-        "results/tests/base.json", overrides={"model": {"source": "./nowhere"}}, check=False
+        "results/tests/base.json", overrides={"model": {"source": "./empty"}}, check=False
     )
     sentence = told(done)
-    assert "model.source ./nowhere is not a directory; mend the path" in sentence
+    assert "empty has no model.safetensors; Longyarn loads safetensors only" in sentence
     log = workspace.directory / "results" / "tests" / "logs" / "download_model.log"
     assert log.read_text().strip() == sentence
 
