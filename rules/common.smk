@@ -43,7 +43,7 @@ VARIANTS = config["evaluation"]["variants"]
 def gpus_of_each_node():
     """Return SLURM's option for the GPUs of each machine, with their type where one is stated."""
     kind, gpus = config["hardware"]["slurm_gpu_type"], config["training"]["gpus"]
-    return f"--gpus-per-node={kind + ':' if kind else ''}{gpus}"
+    return f"--gpus-per-node={kind}:{gpus}" if kind else f"--gpus-per-node={gpus}"
 
 
 # Training on several machines calls srun and, inside, the image: srun is not in the image itself.
