@@ -437,7 +437,7 @@ def test_the_image_has_what_the_locks_say_and_nothing_of_its_builder(chain, cpu_
 
 
 TALK = """
-import torch, deepspeed
+import os, torch, deepspeed
 deepspeed.init_distributed("gloo")
 ones = torch.ones(4)
 deepspeed.comm.all_reduce(ones)
