@@ -48,6 +48,7 @@ def gpus_of_each_node():
 
 # Training on several machines calls srun and, inside, the image: srun is not in the image itself.
 NODES = config["training"]["nodes"]
+TRAINING_THREADS = config["training"]["threads"] * max(1, config["training"]["gpus"])
 TRAINING_IMAGE = IMAGE if NODES == 1 else None
 TRAINING_PLACE = {"nodes": NODES}
 if NODES > 1:
@@ -129,9 +130,8 @@ def on_every_node():
     if NODES == 1:
         return ""
     gpus = config["training"]["gpus"]
-    threads = config["training"]["threads"] * max(1, gpus)
     return (
-        f"srun --nodes={NODES} --ntasks={NODES} --ntasks-per-node=1 --cpus-per-task={threads}"
+        f"srun --nodes={NODES} --ntasks={NODES} --ntasks-per-node=1 --cpus-per-task={TRAINING_THREADS}"
         " --kill-on-bad-exit=1" + (f" {gpus_of_each_node()}" if gpus else "")
     )
 

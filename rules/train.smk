@@ -27,7 +27,7 @@ rule train:
     priority: 10  # the longest job: start it before the evaluations that can wait
     container:
         TRAINING_IMAGE
-    threads: config["training"]["threads"] * max(1, config["training"]["gpus"])
+    threads: TRAINING_THREADS
     resources:
         **TRAINING_PLACE,
         **GPU_TYPE,

@@ -286,8 +286,6 @@ def submissions(config: dict, profile: Path) -> list[tuple[str, str]]:
     plugin writes the command. RUN, LOG and DIRECTORY stand for what differs from start to start.
     Local rules have none.
     """
-    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
-    from snakemake_executor_plugin_slurm.utils import set_gres_string
     from snakemake_interface_common.exceptions import ApiError, WorkflowError
     from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
@@ -307,15 +305,15 @@ def submissions(config: dict, profile: Path) -> list[tuple[str, str]]:
             found[name] = "runs where Snakemake runs, on the login node"
             continue
         account, partition = (job.resources.get(f"slurm_{k}") for k in ("account", "partition"))
-        given = {
-            "run_uuid": "RUN",
-            "slurm_logfile": "LOG",
-            "comment_str": f"rule_{job.rule.name}",
-            "account": f"-A {account}" if account else "",
-            "partition": f"-p {partition}" if partition else "",
-            "workdir": "DIRECTORY",
-        }
-        call = get_submit_command(job, given, settings=settings) + set_gres_string(job)
+        call = requests.sbatch_call(
+            job,
+            settings,
+            run_uuid="RUN",
+            slurm_logfile="LOG",
+            account=f"-A {account}" if account else "",
+            partition=f"-p {partition}" if partition else "",
+            workdir="DIRECTORY",
+        )
         found[name] = re.sub(" +", " ", call)
     return list(found.items())
 

@@ -18,8 +18,6 @@ from pathlib import Path
 from longyarn import adapters, attempts, batches, manifest, models, packing
 from longyarn.cli import UserError, program, set_up_torch
 
-CHECKPOINTS_KEPT = 2
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -236,7 +234,7 @@ def training_arguments(settings: dict, attempt: Path):
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_steps=settings["save_steps"],
-        save_total_limit=CHECKPOINTS_KEPT,
+        save_total_limit=attempts.CHECKPOINTS_KEPT,
         dataloader_num_workers=0,
         dataloader_drop_last=True,
         disable_tqdm=not sys.stderr.isatty(),

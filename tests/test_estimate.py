@@ -260,7 +260,7 @@ def test_what_other_files_say_too():
     import perplexity
     import train
 
-    assert train.CHECKPOINTS_KEPT == estimate.CHECKPOINTS_KEPT
+    assert train.attempts.CHECKPOINTS_KEPT == estimate.attempts.CHECKPOINTS_KEPT
     assert passkey.TOKENS_AT_ONCE == estimate.EVALUATED_AT_ONCE
     assert perplexity.LOGITS_AT_ONCE == estimate.LOGITS_AT_ONCE
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from longyarn import manifest
 
 MARKER = "whole.json"
+CHECKPOINTS_KEPT = 2  # of each attempt; last_checkpoint says why not one
 
 
 def claim(work: Path) -> Path:

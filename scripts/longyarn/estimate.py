@@ -7,7 +7,7 @@ measured on a CPU; on a GPU it is unproved.
 
 from dataclasses import dataclass, field
 
-from longyarn import batches
+from longyarn import attempts, batches
 from longyarn.shapes import Shape
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a number
@@ -19,7 +19,6 @@ LIVE_PARAMETERS = 1_000_000_000
 CUDA_CONTEXT = 1 * GIB  # CUDA, cuBLAS and NCCL themselves: an allowance, not measured by us
 EVALUATED_AT_ONCE = 16384  # tokens of prompts in a forward pass of scripts/passkey.py
 LOGITS_AT_ONCE = 1024  # positions of logits that scripts/perplexity.py holds
-CHECKPOINTS_KEPT = 2  # scripts/train.py
 TEXT_PER_TOKEN = 5  # bytes of text, about; English has 4 to 5
 
 
@@ -260,7 +259,7 @@ def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float
         "corpus": packed * TEXT_PER_TOKEN,
         "tokens": packed * 4,
         "packed sequences": packed * 4,
-        "checkpoints": CHECKPOINTS_KEPT * checkpoint + width * trained,
+        "checkpoints": attempts.CHECKPOINTS_KEPT * checkpoint + width * trained,
         "what is trained": width * trained,
         "merged model": base,
     }

@@ -329,19 +329,17 @@ def walltime(run: Run) -> str:
 def sbatch_test(run: Run, job) -> list[str]:
     """Return the command that SLURM's executor will submit a job with, told to submit nothing."""
     from snakemake.exceptions import WorkflowError
-    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
-    from snakemake_executor_plugin_slurm.utils import set_gres_string
 
     try:
-        given = {
-            "run_uuid": "preflight",
-            "slurm_logfile": os.devnull,
-            "comment_str": f"rule_{job.rule.name}",
-            "account": next(run.slurm.get_account_arg(job)),
-            "partition": run.slurm.get_partition_arg(job),
-            "workdir": None,
-        }
-        call = get_submit_command(job, given, settings=run.settings) + set_gres_string(job)
+        call = requests.sbatch_call(
+            job,
+            run.settings,
+            run_uuid="preflight",
+            slurm_logfile=os.devnull,
+            account=next(run.slurm.get_account_arg(job)),
+            partition=run.slurm.get_partition_arg(job),
+            workdir=None,
+        )
     except WorkflowError as error:
         account = job.resources.get("slurm_account")
         raise UserError(

@@ -48,6 +48,19 @@ def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
     return round(first * GROWTH ** (attempt - 1))
 
 
+def sbatch_call(job, settings, **given) -> str:
+    """Return the command that SLURM's executor submits a Snakemake job with, without what it wraps.
+
+    ``settings`` are the executor's; ``given`` is what it knows beside the job's resources. Snakemake's
+    WorkflowError tells of a resource that the executor refuses.
+    """
+    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+    from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+    given["comment_str"] = f"rule_{job.rule.name}"
+    return get_submit_command(job, given, settings=settings) + set_gres_string(job)
+
+
 def check(config: dict) -> None:
     """Refuse a model.shape or a hardware.gpu that is not listed, or that cannot do what is asked."""
     if config["model"]["shape"]:

@@ -24,8 +24,6 @@ GO_ON, CHECKPOINT, REPLACED = range(3)
 BEFORE_TRAINING = 60
 # Seconds kept in hand at the end, for the exit itself.
 MARGIN = 15
-# BSD's "temporary failure; try again": the run is not finished, and nothing is wrong with it.
-EX_TEMPFAIL = 75
 
 
 def deadline(minutes: float) -> float:
@@ -109,4 +107,4 @@ class Stopping(TrainerCallback):
         self.agree(device)
         if self.stopped:
             say(f"train: stopped by {self.stopped}; the checkpoint is whole, run again to go on")
-            sys.exit(EX_TEMPFAIL)
+            sys.exit(os.EX_TEMPFAIL)  # 75, "try again": not finished, and nothing is wrong
