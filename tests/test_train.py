@@ -1,7 +1,6 @@
 """Training: masks that are on, losses that are right, checkpoints that resume exactly."""
 
 import itertools
-import json
 import shutil
 
 import numpy as np
@@ -11,9 +10,9 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import train
-from longyarn import batches, guards, manifest
+from longyarn import guards, manifest
 from longyarn.cli import UserError
+from longyarn.sequences import Packed
 
 BASE = ROOT / "resources" / "micro-base"
 
@@ -23,8 +22,8 @@ def model():
     return AutoModelForCausalLM.from_pretrained(BASE, attn_implementation="sdpa").eval()
 
 
-def pack_of(finished) -> train.Packed:
-    return train.Packed(finished.directory / "results/tests/pack/pack.safetensors", True)
+def pack_of(finished) -> Packed:
+    return Packed(finished.directory / "results/tests/pack/pack.safetensors", True)
 
 
 def test_packed_loss_equals_the_loss_of_the_pieces_alone(finished, model):
@@ -155,15 +154,3 @@ def test_embeddings_and_norms_are_trained_and_merged(finished_copy):
     for name in base:
         trained = "embed" in name or "norm" in name or "proj.weight" in name
         assert torch.equal(base[name], merged[name]) != trained, name
-
-
-def test_deepspeed_config_follows_the_settings():
-    settings = {
-        "micro_batch_size": 2, "batch_size": 8, "nodes": 1, "gpus": 2, "gradient_accumulation_steps": None,
-        "max_grad_norm": 0.5, "precision": "bf16", "zero_stage": 3,
-    }  # fmt: skip
-    engine = train.deepspeed_config(settings)
-    assert engine["gradient_accumulation_steps"] == batches.accumulation(settings) == 2
-    assert engine["bf16"]["enabled"] and not engine["fp16"]["enabled"]
-    assert engine["zero_optimization"]["stage"] == 3
-    assert json.loads(json.dumps(engine)) == engine

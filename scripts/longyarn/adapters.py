@@ -38,6 +38,7 @@ def attach(model, settings: dict):
             r=settings["rank"],
             lora_alpha=settings["alpha"],
             lora_dropout=settings["dropout"],
+            use_rslora=settings["rslora"],
             target_modules=targets,
             modules_to_save=whole or None,
             ensure_weight_tying=tied and settings["train_embeddings"],

@@ -9,19 +9,29 @@ def processes(training: dict) -> int:
 
 
 def accumulation(training: dict) -> int:
-    """Return the forward passes a step: batch_size / (micro_batch_size × processes), which must divide."""
-    count = processes(training)
+    """Return the forward passes a step: batch_size / (micro_batch_size × replicas), which must divide.
+
+    A replica is the sp_size processes that share each sequence.
+    """
+    count, sharing = processes(training), training["sp_size"]
+    if count % sharing:
+        raise UserError(
+            f"training.sp_size {sharing} does not divide the {count} processes (nodes × gpus); choose "
+            "a divisor"
+        )
+    count //= sharing
+    what = "processes" if sharing == 1 else f"groups of {sharing} processes"
     per_pass = training["micro_batch_size"] * count
     if training["batch_size"] % per_pass:
         raise UserError(
             f"training.batch_size {training['batch_size']} cannot be divided by micro_batch_size "
-            f"{training['micro_batch_size']} × {count} processes; choose a multiple of {per_pass}"
+            f"{training['micro_batch_size']} × {count} {what}; choose a multiple of {per_pass}"
         )
     steps = training["batch_size"] // per_pass
     stated = training["gradient_accumulation_steps"]
     if stated and stated != steps:
         raise UserError(
             f"training.gradient_accumulation_steps {stated} contradicts batch_size / (micro_batch_size × "
-            f"processes) = {steps}; leave it null or mend the batch"
+            f"{what}) = {steps}; leave it null or mend the batch"
         )
     return steps

@@ -168,9 +168,48 @@ def check(config: dict) -> None:
     batches.accumulation(training)
     if not training["gpus"] and training["precision"] == "fp16":
         raise UserError("training.precision fp16 needs a GPU; on the CPU choose bf16 or fp32")
+    check_sharing(config)
+    if training["loss"] == "liger" and not training["gpus"]:
+        raise UserError("training.loss liger needs a GPU; on the CPU choose chunked")
+    if training["offload"] == "all" and training["zero_stage"] != 3:
+        raise UserError("training.offload all shards the weights; set training.zero_stage to 3")
+    if training["offload"] == "optimizer" and not training["zero_stage"]:
+        raise UserError("training.offload needs ZeRO; set training.zero_stage to 1, 2 or 3")
+    if training["activation_offload"] and not training["gradient_checkpointing"]:
+        raise UserError(
+            "training.activation_offload keeps what checkpointing keeps; set gradient_checkpointing to "
+            "true"
+        )
+    if training["early_stopping"] and not training["held_out_steps"]:
+        raise UserError(
+            "training.early_stopping counts held-out losses; set training.held_out_steps to measure them"
+        )
     lora = training["lora"]
     extra = [key for key in ("train_embeddings", "train_norms", "train_output_head") if lora[key]]
     if training["mode"] == "full" and extra:
         raise UserError(
             f"training.lora.{extra[0]} belongs to training.mode lora; full trains every weight anyway"
+        )
+
+
+def check_sharing(config: dict) -> None:
+    """Refuse sequences shared by processes (sp_size) where what runs would not be what is meant."""
+    training, target = config["training"], config["rope"]["target_length"]
+    count, attention = training["sp_size"], training["attention"]
+    if count == 1:
+        return
+    if attention not in ("sdpa", "flash_attention_2"):
+        raise UserError(
+            f"training.attention {attention} cannot share sequences (training.sp_size {count}); choose "
+            "flash_attention_2 or sdpa"
+        )
+    if config["mix"]["document_masks"] and attention != "flash_attention_2":
+        # DeepSpeed Ulysses drops every mask without a word.
+        raise UserError(
+            f"mix.document_masks with training.sp_size {count} needs training.attention "
+            "flash_attention_2; with sdpa the masks would be lost, so set one or the other"
+        )
+    if target % count:
+        raise UserError(
+            f"rope.target_length {target} cannot be shared by training.sp_size {count}; choose a divisor"
         )

@@ -1,15 +1,20 @@
-"""What watches over training: the checks before the first step, and a line for each log entry."""
+"""What watches over training: the model before the first step, each step, and the course of the loss."""
 
-import math
 import os
 import sys
-import time
+from collections.abc import Callable
+from statistics import fmean, pstdev
 
 import torch
 from transformers import TrainerCallback
 
 from longyarn import models
 from longyarn.cli import UserError
+
+FINITE, GRADIENT_IS_BAD, LOSS_IS_BAD = range(3)
+NAMED = 5  # documents in a sentence
+WINDOW, ENOUGH = 50, 5  # logged losses that a spike is compared with
+COMPARED = 10  # logged losses at either end, for divergence
 
 
 def say(line: str) -> None:
@@ -19,12 +24,28 @@ def say(line: str) -> None:
 
 
 class Guards(TrainerCallback):
-    """Checks that run on the built engine, before the first step and at each log line."""
+    """Checks of the built engine before the first step, of each step, and of the course of the loss.
 
-    def __init__(self, rope: dict, document_masks: bool) -> None:
+    ``documents``, where given, returns the names of the documents in a step's batch (the first step
+    is 1); ``last_good`` names the newest whole checkpoint, None where there is none. Both go into the
+    sentence about a step that is not finite. ``longyarn.trainer.Trainer`` calls ``saw_loss`` and
+    ``check_step``: transformers has no event that shows a callback each step's loss and gradient.
+    """
+
+    def __init__(
+        self,
+        rope: dict,
+        document_masks: bool,
+        *,
+        documents: Callable[[int], list[str]] | None = None,
+        last_good: Callable[[], str | None] | None = None,
+    ) -> None:
         self.rope = rope
         self.document_masks = document_masks
+        self.documents = documents
+        self.last_good = last_good
         self.passed: dict[str, object] = {}
+        self.loss_is_bad: torch.Tensor | None = None  # of a micro-batch of the step under way
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check the rotation, and the masks where there are any."""
@@ -33,32 +54,79 @@ class Guards(TrainerCallback):
         if self.document_masks:
             self.passed["document_mask_leak"] = check_masks(model)
 
+    def saw_loss(self, loss: torch.Tensor) -> None:
+        """Take note of a micro-batch's loss; it stays on its device, so nothing waits for it."""
+        bad = ~torch.isfinite(loss.detach())
+        self.loss_is_bad = bad if self.loss_is_bad is None else self.loss_is_bad | bad
+
+    def check_step(self, step: int, gradient_is_bad: bool, device: torch.device) -> None:
+        """Raise ``UserError`` in all processes if this step was not finite in any of them."""
+        found = torch.tensor(GRADIENT_IS_BAD if gradient_is_bad else FINITE, device=device)
+        if self.loss_is_bad is not None:
+            found = torch.maximum(found, self.loss_is_bad.to(found) * LOSS_IS_BAD)
+        self.loss_is_bad = None
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        if found == FINITE:
+            return
+        what = "loss" if found == LOSS_IS_BAD else "gradient"
+        batch = f" on {listed(self.documents(step))}" if self.documents else ""
+        last = self.last_good() if self.last_good else None
+        raise UserError(
+            f"the {what} is not finite at step {step}{batch}; nothing of this step was saved and "
+            f"{f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}, so "
+            "look at the batch, lower training.learning_rate or choose another training.precision, and "
+            "run again"
+        )
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Stop when the loss is not a number."""
-        if logs and not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"the loss is {logs['loss']} at step {state.global_step}; lower training.learning_rate "
-                "or choose another precision, and run again"
-            )
+        """Warn of a loss that jumps or climbs.
 
-
-class Lines(TrainerCallback):
-    """A line of progress for each log entry: step, loss, tokens a second, time left."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Start the clock."""
-        self.start, self.first = time.monotonic(), state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Print a line."""
-        if logs and "loss" in logs:
-            done = state.global_step - self.first
-            elapsed = time.monotonic() - self.start
-            left = elapsed / max(1, done) * (state.max_steps - state.global_step)
+        All is taken from the logged history, which a checkpoint has, so a resumed run warns alike.
+        """
+        if not (logs and "loss" in logs):
+            return
+        entries = [entry for entry in state.log_history if "loss" in entry]
+        losses = [entry["loss"] for entry in entries]
+        if usual := spike(losses):
             say(
-                f"train: step {state.global_step}/{state.max_steps} loss {logs['loss']:.4f} "
-                f"({elapsed:.0f} s, {left:.0f} s left)"
+                f"train: warning: the loss jumped to {losses[-1]:.4f} at step {state.global_step} from "
+                f"{usual:.4f} on average; watch whether it comes back"
             )
+        warm = args.get_warmup_steps(state.max_steps)
+        settled = [entry["loss"] for entry in entries if entry["step"] > warm]
+        if diverges(settled) and not diverges(settled[:-1]):  # once, when it begins
+            say(
+                f"train: warning: the loss climbs, by step {state.global_step} to "
+                f"{fmean(settled[-COMPARED:]):.4f} from {fmean(settled[:COMPARED]):.4f} after the warm-up; "
+                "if it goes on, lower training.learning_rate"
+            )
+
+
+def listed(documents: list[str]) -> str:
+    """Return how a sentence lists a batch's documents: at most five, and how many more there are."""
+    more = len(documents) - NAMED
+    return ", ".join(documents[:NAMED]) + (f" and {more} more documents" if more > 0 else "")
+
+
+def spike(losses: list[float]) -> float | None:
+    """Return the mean of up to 50 losses before the last if the last is a spike above it, else None.
+
+    A spike is more than six standard deviations above, which ordinary noise does not reach, and more
+    than 20 %, because the deviation of a few near losses says little.
+    """
+    before = losses[-1 - WINDOW : -1]
+    if len(before) < ENOUGH:
+        return None
+    mean = fmean(before)
+    return mean if losses[-1] > mean + max(6 * pstdev(before), 0.2 * mean) else None
+
+
+def diverges(losses: list[float]) -> bool:
+    """Tell whether the mean of the last ten losses is more than 10 % above that of the first ten."""
+    if len(losses) < 2 * COMPARED:
+        return False
+    return fmean(losses[-COMPARED:]) > 1.1 * fmean(losses[:COMPARED])
 
 
 def check_masks(model, length: int = 16) -> float:

@@ -1,0 +1,251 @@
+"""The engine against a plain PyTorch loop: every ZeRO stage, world size and mode learns the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from stages import bring, make_model, one_sentence
+from stages import run as run_stage
+
+import patch_rope
+from longyarn import adapters, config, engine, manifest, models
+from longyarn.cli import UserError
+from longyarn.sequences import Packed
+
+LENGTH, BATCH, STEPS = 128, 4, 5
+EMBEDDINGS_AND_NORMS = {"rank": 4, "train_embeddings": True, "train_norms": True}
+MODES = {
+    "lora": {"lora": {"rank": 4}},
+    "lora-embeddings-norms": {"lora": EMBEDDINGS_AND_NORMS},
+    "full": {"mode": "full"},
+}
+
+
+def settings(masks: bool = True, **changes) -> dict:
+    """Return a whole config section `training`, checked as a user's is."""
+    whole = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    training = {
+        "steps": STEPS, "learning_rate": 1.0e-2, "warmup_steps": 0, "batch_size": BATCH, "threads": 1,
+        "precision": "fp32", "logging_steps": 1, "gradient_checkpointing": False,
+    }  # fmt: skip
+    whole |= {"training": training | changes}
+    whole["mix"]["document_masks"] = masks
+    whole["rope"]["target_length"] = LENGTH
+    for instrument in ("perplexity", "passkey"):
+        whole["evaluation"][instrument]["lengths"] = [64]
+    return config.complete(whole, ROOT / "schemas" / "config.schema.yaml")["training"]
+
+
+def write_pack(directory: Path, masks: bool) -> None:
+    """Write sequences of random tokens in several pieces, as the stage pack would."""
+    generator = np.random.default_rng(0)
+    rows, pieces = BATCH * STEPS, [LENGTH // 2, LENGTH // 4, LENGTH // 4]
+    (directory / "pack").mkdir()
+    file = directory / "pack" / "pack.safetensors"
+    save_file(
+        {
+            "input_ids": generator.integers(500, size=(rows, LENGTH), dtype=np.int32),
+            "piece_lengths": np.asarray(pieces * rows, np.int32),
+            "piece_documents": np.arange(len(pieces) * rows, dtype=np.int32),
+            "piece_offsets": np.arange(rows + 1) * len(pieces),
+        },
+        file,
+    )
+    manifest.write(
+        directory / "pack.json",
+        script=ROOT / "scripts/pack.py",
+        settings={},
+        inputs={},
+        files=[file],
+        facts={"document_masks": masks, "sequence_length": LENGTH, "sequences": rows},
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Base, RoPE and training sequences, with and without document masks."""
+    made = {}
+    for masks in (True, False):
+        directory = tmp_path_factory.mktemp("masks" if masks else "no-masks")
+        base = bring(
+            make_model(directory / "model", max_position_embeddings=LENGTH // 2), directory
+        )
+        rope = json.dumps({"method": "yarn", "target_length": LENGTH, "write_config": True})
+        run_stage(
+            patch_rope, "--base", base, "--settings", rope,
+            "--manifest", directory / "rope.json", "--output", directory / "rope",
+        )  # fmt: skip
+        write_pack(directory, masks)
+        made[masks] = directory
+    return made
+
+
+def train(inputs: Path, output: Path, training: dict, check: bool = True):
+    """Train through the launcher, one process a machine of ``training``, all on this one."""
+    command = [
+        sys.executable, ROOT / "scripts/launch.py", "1", "--nproc-per-node", training["nodes"],
+        ROOT / "scripts/train.py", "--base", inputs / "base.json", "--rope", inputs / "rope.json",
+        "--pack", inputs / "pack.json", "--settings", json.dumps(training),
+        "--work", output / "work", "--manifest", output / "trained.json",
+        "--output", output / "trained", "--metrics", output / "metrics.jsonl",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def metrics(output: Path) -> list[dict]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "loss" in record]
+
+
+def plain_loop(inputs: Path, training: dict, masks: bool = True) -> tuple[list, list]:
+    """Return losses and gradient norms of a loop in which every line is PyTorch's."""
+    torch.manual_seed(training["seed"])
+    model = models.load_model(
+        inputs / "base", inputs / "rope.json", dtype="fp32", attention="sdpa"
+    )
+    if training["mode"] == "lora":
+        model = adapters.attach(model, training["lora"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=training["learning_rate"], betas=(0.9, training["adam_beta2"]), weight_decay=0
+    )
+    data = Packed(inputs / "pack" / "pack.safetensors", masks)
+    losses, norms = [], []
+    model.train()
+    for step in range(STEPS):
+        rows = [data[row] for row in range(step * BATCH, (step + 1) * BATCH)]
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, training["max_grad_norm"])))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, norms
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_first_losses_are_those_of_a_plain_loop(runs, tmp_path, stage, ranks, mode):
+    training = settings(zero_stage=stage, nodes=ranks, **MODES[mode])
+    train(runs[True], tmp_path, training)
+    losses, norms = plain_loop(runs[True], training)
+    seen = metrics(tmp_path)
+    assert [record["loss"] for record in seen] == pytest.approx(losses, rel=1e-4)
+    assert [record["grad_norm"] for record in seen] == pytest.approx(norms, rel=1e-3)
+    facts = manifest.read(tmp_path / "trained.json")["facts"]
+    assert facts["world_size"] == ranks
+    saved = load_file(next((tmp_path / "trained").glob("*.safetensors")))
+    assert all(tensor.norm() > 0 for tensor in saved.values())
+    assert any("norm" in name for name in saved) == (mode != "lora")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "stock"},
+        {"offload": "optimizer"},
+        {"offload": "all", "zero_stage": 3},
+        {"gradient_checkpointing": True, "activation_offload": True},
+        {"zero_stage": 1},
+        {"zero_stage": 0},
+    ],
+    ids=lambda changes: "-".join(f"{key}={value}" for key, value in changes.items()),
+)
+def test_what_saves_memory_changes_no_loss(runs, tmp_path, changes):
+    training = settings(**MODES["lora"], **changes)
+    train(runs[True], tmp_path, training)
+    losses, _ = plain_loop(runs[True], training)
+    assert [record["loss"] for record in metrics(tmp_path)] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_that_share_each_sequence_learn_what_one_learns(runs, tmp_path, stage):
+    one = settings(masks=False, zero_stage=stage, **MODES["lora"])
+    two = settings(masks=False, zero_stage=stage, nodes=2, sp_size=2, **MODES["lora"])
+    for name, training in (("one", one), ("two", two)):
+        train(runs[False], tmp_path / name, training)
+    alone, shared = (metrics(tmp_path / name) for name in ("one", "two"))
+    for key in ("loss", "grad_norm"):
+        expected = [record[key] for record in alone]
+        assert len(expected) == STEPS
+        assert [record[key] for record in shared] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(runs, tmp_path):
+    training = settings(lora={"rank": 4, "rslora": True})
+    train(runs[True], tmp_path, training)
+    assert manifest.read_json(tmp_path / "trained" / "adapter_config.json")["use_rslora"] is True
+    losses, _ = plain_loop(runs[True], training)
+    assert [record["loss"] for record in metrics(tmp_path)] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("masks", "changes", "words"),
+    [
+        (True, {"sp_size": 2, "nodes": 2}, "needs training.attention flash_attention_2"),
+        (False, {"sp_size": 2}, "does not divide the 1 processes"),
+        (False, {"sp_size": 2, "nodes": 2, "attention": "eager"}, "cannot share sequences"),
+        (False, {"sp_size": 3, "nodes": 3}, "target_length 128 cannot be shared"),
+        (True, {"loss": "liger"}, "liger needs a GPU"),
+        (True, {"offload": "all"}, "set training.zero_stage to 3"),
+        (True, {"offload": "optimizer", "zero_stage": 0}, "set training.zero_stage to 1, 2 or 3"),
+        (True, {"activation_offload": True}, "set gradient_checkpointing"),
+        (True, {"early_stopping": 3}, "set training.held_out_steps"),
+        (True, {"nodes": 3}, "choose a multiple of 3"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_anything_runs(masks, changes, words):
+    with pytest.raises(UserError, match=words):
+        settings(masks=masks, **changes)
+
+
+def test_heads_that_cannot_be_shared_are_refused(runs, tmp_path):
+    training = settings(masks=False, nodes=4, sp_size=4)
+    done = train(runs[False], tmp_path, training | {"nodes": 1, "sp_size": 4}, check=False)
+    assert done.returncode == 1
+    made = models.load_config(runs[False] / "base", runs[False] / "rope.json")
+    with pytest.raises(UserError, match="sp_size 4 cannot share 2 attention heads"):
+        engine.check_heads(training, made)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "package"),
+    [
+        ("attention", "flash_attention_2", "flash_attn"),
+        ("loss", "liger", "liger_kernel"),
+        ("report_to", "tensorboard", "tensorboard"),
+        ("report_to", "wandb", "wandb"),
+    ],
+)
+def test_a_package_that_is_not_there_is_named(runs, tmp_path, key, value, package):
+    if key == "loss":
+        with pytest.raises(UserError, match=package):
+            engine.require_packages(settings() | {key: value})
+        return
+    done = train(runs[True], tmp_path, settings() | {key: value}, check=False)
+    assert done.returncode == 1
+    assert package in one_sentence(done.stderr)
+    assert not (tmp_path / "work").exists()
+
+
+def test_deepspeed_s_configuration_follows_the_settings():
+    made = engine.deepspeed_config(
+        settings(zero_stage=3, offload="all", precision="bf16", max_grad_norm=0.5)
+    )
+    assert made["gradient_accumulation_steps"] == BATCH
+    assert made["bf16"]["enabled"] and not made["fp16"]["enabled"]
+    assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert json.loads(json.dumps(made)) == made
