@@ -17,11 +17,13 @@ rule train:
         pack=f"{RUN}/pack.json",
         sequences=ancient(f"{RUN}/pack"),
         tokens=f"{RUN}/tokens.json",
+        token_files=ancient(f"{RUN}/tokens"),
     output:
         manifest=f"{RUN}/trained.json",
         payload=directory(f"{RUN}/trained"),
     log:
-        f"{RUN}/logs/train.log",
+        lines=f"{RUN}/logs/train.log",
+        metrics=f"{RUN}/logs/train.metrics.jsonl",
     benchmark:
         f"{RUN}/benchmarks/train.tsv"
     priority: 10  # the longest job: start it before the evaluations that can wait
@@ -39,6 +41,7 @@ rule train:
         evaluation=evaluation_lengths(),
         inside_image=inside_image(),
         on_every_node=on_every_node(),
+        utilisation=flops_options(),
         # In a job of SLURM the minutes are a limit; on a workstation they are a guess.
         time_limit="--minutes-are-a-limit" if workflow.remote_exec else "",
     params:
@@ -56,5 +59,6 @@ rule train:
         "{resources.on_every_node} {resources.inside_image} python scripts/launch.py"
         " {params.nodes} --nproc-per-node {params.processes} scripts/train.py"
         " --base {input.base} --rope {input.rope} --pack {input.pack} --settings {params.settings}"
+        " --tokens {input.tokens} --metrics {log.metrics} {resources.utilisation}"
         " --work {params.work:q} --minutes {resources.runtime} {resources.time_limit}"
-        " --manifest {output.manifest} --output {output.payload}) 2>&1 | tee {log}"
+        " --manifest {output.manifest} --output {output.payload}) 2>&1 | tee {log.lines}"

@@ -63,7 +63,8 @@ def main() -> None:
                     [piece.length for sequence in plan.sequences for piece in sequence], np.int32
                 ),
                 "piece_documents": np.asarray(
-                    [training[p.document] for sequence in plan.sequences for p in sequence], np.int32
+                    [training[p.document] for sequence in plan.sequences for p in sequence],
+                    np.int32,
                 ),
                 "piece_offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             },

@@ -33,10 +33,11 @@ def main() -> None:
         "--minutes-are-a-limit", action="store_true", help="the job is ended after its minutes"
     )
     parser.add_argument("--tokens", type=Path, help="manifest of the tokens, of held-out documents")
-    parser.add_argument("--metrics", type=Path, help="file to write metrics to, a line of JSON each")
     parser.add_argument(
-        "--peak-flops", type=float, default=0.0, help="operations a second of all GPUs, for MFU"
+        "--metrics", type=Path, help="file to write metrics to, a line of JSON each"
     )
+    parser.add_argument("--flops-per-token", type=float, default=0.0, help="the model's, for MFU")
+    parser.add_argument("--peak-flops", type=float, default=0.0, help="all GPUs' a second, for MFU")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
     parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
     arguments = parser.parse_args()
@@ -47,7 +48,9 @@ def main() -> None:
     import torch
     import transformers
 
-    from longyarn import guards, stopping
+    from longyarn import guards, held_out, stopping
+    from longyarn.metrics import Metrics
+    from longyarn.trainer import Trainer
 
     time_limit = stopping.deadline(arguments.minutes) if arguments.minutes_are_a_limit else None
     engine.require_packages(settings)
@@ -66,18 +69,44 @@ def main() -> None:
     transformers.set_seed(settings["seed"])
     model = load(arguments, base["facts"])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    checks = guards.Guards(rope, pack["facts"]["document_masks"])
-    stop = stopping.Stopping(attempt, time_limit)
-    trainer = transformers.Trainer(
-        model=model, args=training, train_dataset=data, callbacks=[checks, guards.Lines(), stop]
+    length = pack["facts"]["sequence_length"]
+    batch = settings["batch_size"]
+    checks = guards.Guards(
+        rope,
+        pack["facts"]["document_masks"],
+        documents=lambda step: names_of(arguments, data, step),
+        last_good=lambda: described(attempts.last_checkpoint(work)),
     )
+    stop = stopping.Stopping(attempt, time_limit, settings["save_minutes"])
+    trainer = Trainer(model=model, args=training, train_dataset=data, guards=checks)
     trainer.remove_callback(transformers.PrinterCallback)
-    last = engine.chosen_by_one(lambda: attempts.last_checkpoint(work))
+    trainer.add_callback(
+        Metrics(
+            arguments.metrics,
+            tokens_per_step=batch * length,
+            flops_per_token=arguments.flops_per_token,
+            peak_flops=arguments.peak_flops,
+        )
+    )
+    if settings["held_out_steps"]:
+        trainer.add_callback(
+            held_out.HeldOut(
+                held_out.read(arguments.tokens),
+                (rope["original_max_position_embeddings"], length),
+                settings["held_out_steps"],
+                settings["early_stopping"],
+                trainer.log,
+            )
+        )
+    trainer.add_callback(stop)
+    last = engine.chosen_by_one(lambda: attempts.last_checkpoint(work, settings["steps"]))
+    for note in attempts.skipped(work):
+        guards.say(f"train: warning: {note}")
     if last:
         guards.say(f"train: resuming from {attempts.describe(last)}")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     stop.end(training.device)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logged = trainer.state.log_history
 
     # Every process takes part in gathering the weights; the first one writes the payload.
     staged = attempt / "final"
@@ -91,13 +120,18 @@ def main() -> None:
             "work": work.name,
             "mode": settings["mode"],
             "steps": steps,
-            "sequences_seen": steps * settings["batch_size"],
-            "tokens_seen": steps * settings["batch_size"] * pack["facts"]["sequence_length"],
-            "epochs": steps * settings["batch_size"] / pack["facts"]["sequences"],
+            "sequences_seen": steps * batch,
+            "tokens_seen": steps * batch * length,
+            "epochs": steps * batch / pack["facts"]["sequences"],
             "trainable_parameters": trainable,
             "world_size": training.world_size,
             "gradient_accumulation_steps": training.gradient_accumulation_steps,
-            "loss": [[entry["step"], entry["loss"]] for entry in history],
+            "loss": [[entry["step"], entry["loss"]] for entry in logged if "loss" in entry],
+            "held_out": [
+                {key: value for key, value in entry.items() if key == "step" or "held_out" in key}
+                for entry in logged
+                if any("held_out" in key for key in entry)
+            ],
             "guards": checks.passed,
         }
         files = sorted(p for p in arguments.output.iterdir())
@@ -128,8 +162,34 @@ def begin(arguments: argparse.Namespace) -> tuple[Path, Path]:
     }
     name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
     work = arguments.work / name
+    if other := attempts.other_placement(work, whole):
+        raise UserError(
+            f"{other.work} holds step {other.steps} of this very run, made with "
+            f"{placed(other.placement, whole['placement'])}, which its checkpoints are bound to; set "
+            "that back to go on, or delete the directory to begin anew"
+        )
     attempt = attempts.claim(work)
+    attempts.record(work, whole)
     return work, attempt
+
+
+def placed(theirs: dict, ours: dict) -> str:
+    """Return where another placement differs, in the config's words."""
+    return ", ".join(f"training.{key} {theirs[key]}" for key in theirs if theirs[key] != ours[key])
+
+
+def described(checkpoint: Path | None) -> str | None:
+    return attempts.describe(checkpoint) if checkpoint else None
+
+
+def names_of(arguments: argparse.Namespace, data: Packed, step: int) -> list[str]:
+    """Return the documents in the batch of a step, which counts from 1: names, or numbers without them."""
+    batch = arguments.settings["batch_size"]
+    numbers = data.documents(row % len(data) for row in range((step - 1) * batch, step * batch))
+    if not arguments.tokens:
+        return [f"document {number}" for number in numbers]
+    documents = manifest.read_facts(arguments.tokens)["documents"]
+    return [documents[number]["id"] for number in numbers]
 
 
 def load(arguments: argparse.Namespace, base: dict):

@@ -110,9 +110,7 @@ def metrics(output: Path) -> list[dict]:
 def plain_loop(inputs: Path, training: dict, masks: bool = True) -> tuple[list, list]:
     """Return losses and gradient norms of a loop in which every line is PyTorch's."""
     torch.manual_seed(training["seed"])
-    model = models.load_model(
-        inputs / "base", inputs / "rope.json", dtype="fp32", attention="sdpa"
-    )
+    model = models.load_model(inputs / "base", inputs / "rope.json", dtype="fp32", attention="sdpa")
     if training["mode"] == "lora":
         model = adapters.attach(model, training["lora"])
     trained = [p for p in model.parameters() if p.requires_grad]

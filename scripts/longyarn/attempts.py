@@ -12,11 +12,13 @@ import contextlib
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from longyarn import manifest
 
 MARKER = "whole.json"
+IDENTITY = "identity.json"
 CHECKPOINTS_KEPT = 2  # of each attempt; last_checkpoint says why not one
 
 
@@ -67,14 +69,66 @@ def is_whole(checkpoint: Path) -> bool:
     )
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """Return the whole checkpoint of the most steps, of any attempt, or nothing.
+def last_checkpoint(work: Path, most: int | None = None) -> Path | None:
+    """Return the whole checkpoint of the most steps, at most ``most``, of any attempt, or nothing.
 
     It stays in place while it is read: an attempt removes older ones only after a save of its own and
     while none is newer (so who comes later finds that save), and of its own it keeps two.
     """
-    found = [path for path in work.glob("attempt-*/checkpoint-*") if is_whole(path)]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    found = [path for path in checkpoints(work) if is_whole(path)]
+    if most is not None:
+        found = [path for path in found if steps(path) <= most]
+    return max(found, key=steps, default=None)
+
+
+def skipped(work: Path) -> list[str]:
+    """Return a sentence for each checkpoint that is passed over because it is not whole."""
+    return [
+        f"{describe(path)} is not whole and is passed over"
+        for path in sorted(checkpoints(work), key=steps)
+        if not is_whole(path)
+    ]
+
+
+def checkpoints(work: Path) -> list[Path]:
+    """Return the checkpoints of all attempts, whole or not."""
+    return [path for path in work.glob("attempt-*/checkpoint-*") if number(path.parent)]
+
+
+def steps(checkpoint: Path) -> int:
+    """Return the steps of a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def record(work: Path, identity: dict) -> None:
+    """Write what defines the run into its work directory, for who finds it there."""
+    manifest.write_json(work / IDENTITY, identity)
+
+
+@dataclass(frozen=True)
+class Other:
+    """A work directory of the same run under another placement, with a whole checkpoint."""
+
+    work: Path
+    placement: dict
+    steps: int
+
+
+def other_placement(work: Path, identity: dict) -> Other | None:
+    """Return a half-done run beside ``work`` that differs in nothing but where it took place."""
+    if last_checkpoint(work):
+        return None
+    for found in sorted(work.parent.glob(f"*/{IDENTITY}")):
+        theirs = manifest.read_json(found)
+        last = last_checkpoint(found.parent)
+        if found.parent != work and last and same_run(theirs, identity):
+            return Other(found.parent, theirs["placement"], steps(last))
+    return None
+
+
+def same_run(one: dict, other: dict) -> bool:
+    """Tell whether two identities differ in nothing but their placement."""
+    return one | {"placement": None} == other | {"placement": None}
 
 
 def remove_older(attempt: Path) -> None:

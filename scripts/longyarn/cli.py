@@ -47,7 +47,10 @@ def _disk_is_full(error: BaseException) -> bool:
     """Tell whether an error, or one behind it, is a full disk; safetensors says so only in words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    if "No space left on device" in str(error):
+    # torch names no cause when its archive cannot be written.
+    if any(
+        words in str(error) for words in ("No space left on device", "PytorchStreamWriter failed")
+    ):
         return True
     behind = error.__cause__ or error.__context__
     return behind is not None and _disk_is_full(behind)

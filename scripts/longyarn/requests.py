@@ -5,6 +5,7 @@ Cheap, because Snakemake starts anew in every job: nothing is read but small YAM
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -201,6 +202,22 @@ def evaluation_memory(config: dict, shape: Shape, gpus: int) -> float:
     """Return the bytes on each of several GPUs; whole layers divide unevenly, so a tenth is added."""
     weights, work = estimate.evaluation_memory(shape, config["evaluation"], True)
     return weights * (1 if gpus == 1 else 1.1 / gpus) + work
+
+
+def flops_options(config: dict) -> str:
+    """Return train.py's options for model FLOPs utilisation (MFU); none on a CPU or without a shape.
+
+    The model's operations do not count what gradient checkpointing computes twice (arXiv 2204.02311,
+    appendix B).
+    """
+    shape, training = known_shape(config), config["training"]
+    if shape is None or not training["gpus"]:
+        return ""
+    setup = replace(estimate.Setup.of(config), gradient_checkpointing=False)
+    peak = gpu(config)["tflops"].get(training["precision"], 0) * 1e12 * setup.processes
+    return (
+        f"--flops-per-token {estimate.training_flops(shape, setup, 1):.6g} --peak-flops {peak:.6g}"
+    )
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from longyarn import attempts
 from longyarn.cli import UserError
 from longyarn.guards import say
 
-GO_ON, CHECKPOINT, REPLACED = range(3)
+GO_ON, SAVE, CHECKPOINT, REPLACED = range(4)
 
 # Seconds a job spends before it comes to train.py: Snakemake's own start, the check of the evaluation.
 BEFORE_TRAINING = 60
@@ -40,16 +40,19 @@ class Stopping(TrainerCallback):
 
     ``stopped`` is the reason in words once training was told to stop. The lead before the deadline
     is the longest step so far, twice the longest save so far, and a margin; until a save was measured
-    it is one tenth of the time left at the start.
+    it is one tenth of the time left at the start. ``save_minutes``: the longest time between saves.
     """
 
-    def __init__(self, attempt: Path, deadline: float | None) -> None:
+    def __init__(
+        self, attempt: Path, deadline: float | None, save_minutes: float | None = None
+    ) -> None:
         self.attempt = attempt
         self.deadline = deadline
         self.signal: int | None = None
         self.stopped: str | None = None
         self.longest_step = self.longest_save = 0.0
-        self.step_began = self.save_began = time.monotonic()
+        self.save_minutes = save_minutes
+        self.step_began = self.save_began = self.saved = time.monotonic()
         self.first_lead = max(0.0, (deadline - time.time()) / 10) if deadline else 0.0
         for number in (signal.SIGTERM, signal.SIGURG):
             signal.signal(number, self._note)
@@ -67,7 +70,10 @@ class Stopping(TrainerCallback):
         if attempts.superseded(self.attempt):
             return REPLACED
         late = self.deadline is not None and time.time() + self.lead() > self.deadline
-        return CHECKPOINT if self.signal or late else GO_ON
+        if self.signal or late:
+            return CHECKPOINT
+        due = self.save_minutes and time.monotonic() - self.saved >= 60 * self.save_minutes
+        return SAVE if due else GO_ON
 
     def agree(self, device: torch.device) -> int:
         """Return the largest wish of all processes; raise ``UserError`` in all if one was replaced."""
@@ -88,7 +94,10 @@ class Stopping(TrainerCallback):
         """Agree with the other processes on going on; stop all or none."""
         self.save_began = time.monotonic()
         self.longest_step = max(self.longest_step, self.save_began - self.step_began)
-        if self.agree(args.device) == CHECKPOINT and state.global_step < state.max_steps:
+        wish = self.agree(args.device)
+        if wish == SAVE:
+            control.should_save = True
+        if wish == CHECKPOINT and state.global_step < state.max_steps:
             name = signal.Signals(self.signal).name if self.signal else "the time limit"
             self.stopped = f"{name} at step {state.global_step} of {state.max_steps}"
             control.should_save = control.should_training_stop = True
@@ -96,7 +105,8 @@ class Stopping(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Declare the checkpoint whole when all processes have written, and drop older attempts."""
         torch.distributed.barrier()
-        self.longest_save = max(self.longest_save, time.monotonic() - self.save_began)
+        self.saved = time.monotonic()
+        self.longest_save = max(self.longest_save, self.saved - self.save_began)
         if state.is_world_process_zero:
             attempts.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             if not attempts.superseded(self.attempt):

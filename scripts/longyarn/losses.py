@@ -1,0 +1,126 @@
+"""The causal loss over chunks of the sequence: never all logits at once, always in float32.
+
+The stock loss holds the logits of every position three times over in float32: 12 bytes × vocabulary ×
+length. Here the output head itself, told the labels, gives the sum of the cross entropies and works out
+its gradients on the way, a chunk at a time, so the backward pass only scales them. It stays a call of
+the head, which is where ZeRO-3 gathers the head's weight. DeepSpeed's TiledFusedLogitsLoss hands the
+head's gradient past autograd and takes a mean over tiles, so tiles of unequal counts weigh wrongly.
+"""
+
+import functools
+import types
+
+import torch
+
+from longyarn.cli import UserError
+
+IGNORED = -100  # transformers' label of a position that is not scored
+CHUNK = 1024  # positions whose logits are held at once
+
+# Settings by which a model changes its logits after the head, with the value that changes nothing.
+AFTER_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """The sum of cross entropies of ``hidden @ weight.T + bias`` at the labels, float32 ().
+
+    ``hidden`` is (positions, hidden_size), ``labels`` (positions,); a label of -100 counts nothing.
+    The gradient of a position's logits is softmax minus one-hot.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, chunk, with_gradients):
+        wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        of_hidden = torch.empty_like(hidden) if wanted[0] else None
+        # Sums over chunks, so in float32 whatever the model's type.
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
+        for begin in range(0, len(hidden), chunk):
+            part, target = hidden[begin : begin + chunk], labels[begin : begin + chunk, None]
+            scored = target != IGNORED
+            target = target.masked_fill(~scored, 0)
+            logits = torch.nn.functional.linear(part, weight, bias).float()
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            total += (normaliser - logits.gather(1, target)).masked_fill(~scored, 0).sum()
+            if not any(wanted):
+                continue
+            slope = logits.sub_(normaliser).exp_()
+            slope.scatter_add_(1, target, -torch.ones_like(normaliser)).mul_(scored)
+            if wanted[2]:
+                of_bias += slope.sum(0)
+            slope = slope.to(hidden.dtype)
+            if wanted[0]:
+                torch.mm(slope, weight, out=of_hidden[begin : begin + chunk])
+            if wanted[1]:
+                of_weight += slope.T @ part
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        gradients = (
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
+        )
+        return *gradients, None, None, None
+
+
+def attach(model, chunk: int = CHUNK) -> None:
+    """Give a transformers causal language model the loss over chunks, wherever labels are passed.
+
+    Its output then has no logits, only the loss. Without labels nothing changes. To be called before
+    PEFT wraps the model. Raises ``UserError`` for a model that changes its logits after the head.
+    """
+    config = model.config.get_text_config()
+    for key, neutral in AFTER_THE_HEAD.items():
+        if getattr(config, key, neutral) not in (neutral, None):
+            raise UserError(
+                f"the model's {key} changes its logits, which training.loss chunked does not know; set "
+                "stock"
+            )
+    head = model.get_output_embeddings()
+    plain_model, plain_head = model.forward, type(head).forward
+    labels_at_hand: list[torch.Tensor] = []
+
+    @functools.wraps(plain_model)
+    def forward(*args, labels=None, **kwargs):
+        if labels is None:
+            return plain_model(*args, **kwargs)
+        labels_at_hand.append(next_tokens(labels, kwargs.get("shift_labels")))
+        try:
+            return plain_model(*args, labels=labels, **kwargs)
+        finally:
+            labels_at_hand.clear()
+
+    def head_forward(self, hidden):
+        if not labels_at_hand:
+            return plain_head(self, hidden)
+        labels = labels_at_hand[0].reshape(-1).to(hidden.device)
+        return SummedCrossEntropy.apply(
+            hidden.reshape(len(labels), -1), self.weight, self.bias, labels, chunk,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
+
+    model.forward = forward
+    # A bound method, so that the copy of the head that PEFT trains computes with its own weight.
+    head.forward = types.MethodType(head_forward, head)
+    model.loss_function = normalise
+
+
+def next_tokens(labels, shift_labels=None):
+    """Return each position's label, that of the token after it: (batch, length), -100 at the end."""
+    if shift_labels is not None:  # sequence parallelism shifts before it cuts
+        return shift_labels
+    return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+
+
+def normalise(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
+    """Return the mean loss from the sum that the head gave; transformers calls that ``logits``.
+
+    ``num_items_in_batch``: the labels of the whole accumulated batch, as the Trainer counts them.
+    """
+    if num_items_in_batch is not None:
+        return logits / num_items_in_batch
+    return logits / (next_tokens(labels, shift_labels) != IGNORED).sum().clamp(min=1)
