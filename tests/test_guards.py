@@ -102,7 +102,7 @@ def test_a_weight_that_is_not_finite_stops_the_first_step(model, sequences, tmp_
     with torch.no_grad():
         model.lm_head.weight[3, 5] = float("inf")
     with pytest.raises(
-        UserError, match="the loss is not finite at step 1; nothing .* no checkpoint"
+        UserError, match=r"the loss is not finite at step 1; nothing .* no checkpoint"
     ):
         trainer_of(model, sequences, tmp_path).train()
     assert saved(tmp_path) == []

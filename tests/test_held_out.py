@@ -124,9 +124,8 @@ def test_measured_before_every_so_many_steps_and_at_the_end(directory, tmp_path,
     ]
     assert [line["step"] for line in lines if "held_out_8" in line] == [0, 2, 4, 5]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
-    # The last entry is of the last weights.
-    twice = held_out.losses(trainer.model, documents(32, 32), (8, 32), torch.device("cpu"))
     assert capsys.readouterr().err.count("train: held-out loss ") == 4
+    # The last entry is of the last weights.
     own = [ids[:32] for ids in documents(32, 40)]
     twice = held_out.losses(trainer.model, own, (8, 32), torch.device("cpu"))
     assert (lines[-2] | lines[-1])["held_out_32"] == pytest.approx(twice[32], abs=1e-6)

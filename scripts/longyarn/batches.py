@@ -1,6 +1,8 @@
-"""How a batch is split: one figure that the config check and training must agree on."""
+"""How a batch is split: figures that the config check, the plan and training must agree on."""
 
 from longyarn.cli import UserError
+
+LOSS_CHUNK = 1024  # positions whose logits the chunked loss holds at once
 
 
 def processes(training: dict) -> int:

@@ -209,6 +209,13 @@ def check_sharing(config: dict) -> None:
             f"mix.document_masks with training.sp_size {count} needs training.attention "
             "flash_attention_2; with sdpa the masks would be lost, so set one or the other"
         )
+    if training["zero_stage"] != 3:
+        # Seen: DeepSpeed's lower stages sum the gradients of the processes that share a sequence where
+        # they should take the mean, so gradients are sp_size times too large, and are clipped so.
+        raise UserError(
+            f"training.sp_size {count} needs training.zero_stage 3; the lower stages give gradients that "
+            "are sp_size times too large"
+        )
     if target % count:
         raise UserError(
             f"rope.target_length {target} cannot be shared by training.sp_size {count}; choose a divisor"

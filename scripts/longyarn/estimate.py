@@ -24,9 +24,7 @@ TEXT_PER_TOKEN = 5  # bytes of text, about; English has 4 to 5
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides on the memory of a training process. Offload and sequence parallelism are not in
-    the config yet; the published figures that the model is tested by have them.
-    """
+    """What decides on the memory of a training process."""
 
     length: int  # tokens of a sequence
     micro_batch: int = 1
@@ -41,7 +39,9 @@ class Setup:
     on_gpu: bool = True
     offload_weights: bool = False
     offload_optimizer: bool = False
+    offload_activations: bool = False
     sequence_parallel: int = 1
+    loss: str = "stock"
 
     @classmethod
     def of(cls, config: dict) -> "Setup":
@@ -53,10 +53,14 @@ class Setup:
             processes=batches.processes(training),
             document_masks=config["mix"]["document_masks"],
             on_gpu=training["gpus"] > 0,
+            offload_weights=training["offload"] == "all",
+            offload_optimizer=training["offload"] != "none",
+            offload_activations=training["activation_offload"],
+            sequence_parallel=training["sp_size"],
             **{
                 key: training[key]
                 for key in (
-                    "mode", "lora", "precision", "zero_stage", "gradient_checkpointing", "attention",
+                    "mode", "lora", "precision", "zero_stage", "gradient_checkpointing", "attention", "loss",
                 )
             },
         )  # fmt: skip
@@ -87,8 +91,14 @@ def memory(shape: Shape, setup: Setup) -> dict[str, float]:
         bucket = REDUCE_BUCKET  # allocated whole; on a CPU the system gives only what is written
     kept, layer, largest = activations(shape, setup)
     tokens = setup.micro_batch * setup.length / setup.sequence_parallel
-    logits = 12 * shape.vocab_size * tokens  # log-softmax and two gradients of it, in float32
-    largest = max(largest, 4 * shape.vocab_size * tokens)
+    # Positions at once: log-softmax and two gradients of it, in float32.
+    scored = tokens if setup.loss == "stock" else min(tokens, batches.LOSS_CHUNK)
+    logits = 12 * shape.vocab_size * scored
+    if setup.loss != "stock":  # its gradients are made in the forward pass
+        logits += width * shape.hidden_size * tokens
+        if setup.mode == "full" or setup.lora["train_output_head"]:
+            logits += 4 * shape.embedding_parameters
+    largest = max(largest, 4 * shape.vocab_size * scored)
     return {
         "weights": width * (weights + gathered),
         "gradients": width * gradients,
@@ -165,7 +175,8 @@ def activations(shape: Shape, setup: Setup) -> tuple[float, float, float]:
         largest = max(largest, 4 * scores)
     last = tokens * hidden * (4 + width)  # the last norm's input and output
     if setup.gradient_checkpointing:
-        inputs = tokens * hidden * width
+        # On a CPU what is offloaded stays where it was.
+        inputs = tokens * hidden * width * (not (setup.offload_activations and setup.on_gpu))
         return shape.num_hidden_layers * inputs + shared + last, layer + moving, largest
     return shape.num_hidden_layers * layer + shared + last, moving, largest
 

@@ -12,10 +12,10 @@ import types
 
 import torch
 
+from longyarn.batches import LOSS_CHUNK
 from longyarn.cli import UserError
 
 IGNORED = -100  # transformers' label of a position that is not scored
-CHUNK = 1024  # positions whose logits are held at once
 
 # Settings by which a model changes its logits after the head, with the value that changes nothing.
 AFTER_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
@@ -30,6 +30,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, chunk, with_gradients):
+        """Return the sum, and keep the gradients of what needs them."""
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -60,6 +61,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
+        """Return the kept gradients times that of the sum."""
         gradients = (
             None if gradient is None else (gradient * scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
@@ -67,7 +69,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def attach(model, chunk: int = CHUNK) -> None:
+def attach(model, chunk: int = LOSS_CHUNK) -> None:
     """Give a transformers causal language model the loss over chunks, wherever labels are passed.
 
     Its output then has no logits, only the loss. Without labels nothing changes. To be called before

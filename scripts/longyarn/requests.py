@@ -131,7 +131,8 @@ def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
 def training_memory(config: dict, shape: Shape) -> float:
     """Return the bytes of host memory that training needs on each machine.
 
-    On GPUs, each process loads the weights, and copies them to save; under ZeRO-3 the first does.
+    On GPUs, each process loads the weights, and copies them to save; under ZeRO-3 the first does. What
+    is offloaded comes on top.
     """
     training, setup = config["training"], estimate.Setup.of(config)
     if not setup.on_gpu:
@@ -139,7 +140,11 @@ def training_memory(config: dict, shape: Shape) -> float:
     loaded = 4 if setup.mode == "full" else estimate.WIDTH[setup.precision]
     copy = max(loaded * shape.parameters, estimate.saved_copy(shape, setup))
     copies = 1 if setup.zero_stage == 3 else training["gpus"]
-    return GPU_PROCESS * training["gpus"] + 1.2 * copy * copies
+    kept = estimate.memory(shape, setup)
+    none = replace(setup, offload_weights=False, offload_optimizer=False, offload_activations=False)
+    parts = ("weights", "gradients", "master copies", "optimizer state", "activations kept")
+    moved = sum(estimate.memory(shape, none)[part] - kept[part] for part in parts)
+    return GPU_PROCESS * training["gpus"] + 1.2 * copy * copies + 1.2 * moved * training["gpus"]
 
 
 def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
