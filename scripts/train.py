@@ -88,6 +88,9 @@ def main() -> None:
             peak_flops=arguments.peak_flops,
         )
     )
+    trainer.add_callback(
+        stop
+    )  # before the held-out losses, which a run that must stop has no time for
     if settings["held_out_steps"]:
         trainer.add_callback(
             held_out.HeldOut(
@@ -98,7 +101,6 @@ def main() -> None:
                 trainer.log,
             )
         )
-    trainer.add_callback(stop)
     last = engine.chosen_by_one(lambda: attempts.last_checkpoint(work, settings["steps"]))
     for note in attempts.skipped(work):
         guards.say(f"train: warning: {note}")
@@ -210,11 +212,13 @@ def load(arguments: argparse.Namespace, base: dict):
         ) from None
     engine.check_heads(settings, model.config.get_text_config())
     model.config.use_cache = False
-    if settings["loss"] == "chunked":
-        losses.attach(model)
     if settings["activation_offload"]:
         engine.offload_activations(model)
-    return adapters.attach(model, settings["lora"]) if settings["mode"] == "lora" else model
+    if settings["mode"] == "lora":
+        model = adapters.attach(model, settings["lora"])
+    if settings["loss"] == "chunked":
+        losses.attach(model)
+    return model
 
 
 def publish(arguments, staged: Path, model, base: dict, settings: dict) -> None:

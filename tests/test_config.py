@@ -216,6 +216,7 @@ def test_accumulation_follows_from_batch_and_processes(batch, micro, nodes, gpus
         "micro_batch_size": micro,
         "nodes": nodes,
         "gpus": gpus,
+        "sp_size": 1,
         "gradient_accumulation_steps": None,
     }
     assert batches.accumulation(training) == steps

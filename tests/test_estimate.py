@@ -33,7 +33,7 @@ PUBLISHED = {
     "smollm2-135m": 134_515_008,
 }
 LORA = {
-    "rank": 8, "alpha": 16, "dropout": 0, "targets": "all-linear", "train_embeddings": False,
+    "rank": 8, "alpha": 16, "dropout": 0, "rslora": False, "targets": "all-linear", "train_embeddings": False,
     "train_norms": False, "train_output_head": False,
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_the_stock_ones(chunk, changes, items):
 def test_labels_that_were_shifted_before():
     stock, chunked = pair()
     inputs = batch()
-    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
     inputs["labels"] = shifted
     expected, found = (model(**inputs, shift_labels=shifted).loss for model in (stock, chunked))
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
@@ -109,25 +109,39 @@ def test_the_labels_are_forgotten_after_an_error():
     assert chunked(**inputs).logits.shape == (2, 24, 97)
 
 
-@pytest.mark.parametrize("head", [True, False])
-def test_the_head_that_peft_copies_is_trained_by_its_own_weight(head):
+@pytest.mark.parametrize("whole", [None, ["lm_head"], ["embed_tokens"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_the_one_that_peft_trains(tied, whole):
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    lora = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=whole,
+        ensure_weight_tying=tied and whole == ["embed_tokens"],
+    )
     models = []
-    for model in pair():
+    for model in (copy.deepcopy(plain), copy.deepcopy(plain)):
         torch.manual_seed(2)
-        lora = LoraConfig(
-            r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"] if head else None
-        )
-        wrapped = get_peft_model(model, lora)
-        if head:
-            with torch.no_grad():
-                wrapped.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
-        models.append(wrapped)
+        models.append(get_peft_model(model, lora))
+        with torch.no_grad():  # what PEFT trains is no longer what it was copied from
+            for name, parameter in models[-1].named_parameters():
+                if "modules_to_save" in name:
+                    parameter.mul_(2)
     stock, chunked = models
+    losses.attach(chunked, 7)
     expected, found = (model(**batch()).loss for model in models)
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
     expected.backward()
     found.backward()
     same_gradients(stock, chunked)
+
+
+def test_a_head_that_is_not_the_altered_one_is_an_error():
+    _, chunked = pair()
+    chunked.lm_head = torch.nn.Linear(32, 97, bias=False)
+    with pytest.raises(RuntimeError, match="not the one it altered"):
+        chunked(**batch())
 
 
 def test_with_no_label_at_all_the_loss_is_nought():

@@ -44,7 +44,7 @@ def llama(shape: str, length: int = 32768, **training) -> dict:
     return {
         "model": {"source": "owner/name", "shape": shape},
         "rope": {"target_length": length},
-        "training": default | {"attention": "flash_attention_2"} | training,
+        "training": default | {"attention": "flash_attention_2", "loss": "stock"} | training,
         "evaluation": {"precision": "bf16", "attention": "flash_attention_2"},
     }
 

@@ -72,9 +72,12 @@ class SummedCrossEntropy(torch.autograd.Function):
 def attach(model, chunk: int = LOSS_CHUNK) -> None:
     """Give a transformers causal language model the loss over chunks, wherever labels are passed.
 
-    Its output then has no logits, only the loss. Without labels nothing changes. To be called before
-    PEFT wraps the model. Raises ``UserError`` for a model that changes its logits after the head.
+    Its output then has no logits, only the loss. Without labels nothing changes. Where the model has a
+    PEFT adapter, the head is the one that PEFT trains, so the adapter comes first. Raises ``UserError``
+    for a model that changes its logits after the head.
     """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     config = model.config.get_text_config()
     for key, neutral in AFTER_THE_HEAD.items():
         if getattr(config, key, neutral) not in (neutral, None):
@@ -83,6 +86,8 @@ def attach(model, chunk: int = LOSS_CHUNK) -> None:
                 "stock"
             )
     head = model.get_output_embeddings()
+    if hasattr(head, "modules_to_save"):
+        head = head.modules_to_save["default"]
     plain_model, plain_head = model.forward, type(head).forward
     labels_at_hand: list[torch.Tensor] = []
 
@@ -106,7 +111,6 @@ def attach(model, chunk: int = LOSS_CHUNK) -> None:
         )  # fmt: skip
 
     model.forward = forward
-    # A bound method, so that the copy of the head that PEFT trains computes with its own weight.
     head.forward = types.MethodType(head_forward, head)
     model.loss_function = normalise
 
@@ -123,6 +127,10 @@ def normalise(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=
 
     ``num_items_in_batch``: the labels of the whole accumulated batch, as the Trainer counts them.
     """
+    if logits.ndim:
+        raise RuntimeError(
+            "the chunked loss was given logits: the head in use is not the one it altered"
+        )
     if num_items_in_batch is not None:
         return logits / num_items_in_batch
     return logits / (next_tokens(labels, shift_labels) != IGNORED).sum().clamp(min=1)
