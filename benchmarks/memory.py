@@ -170,8 +170,8 @@ def run(command: list, see=lambda line: None) -> int:
     return usage.ru_maxrss * 1024
 
 
-def write_pack(work: Path, length: int, vocabulary: int) -> None:
-    """Write two sequences of two random pieces as the stage pack would, so that masks are in force."""
+def write_pack(work: Path, length: int, vocabulary: int, document_masks: bool = True) -> None:
+    """Write two sequences of two random pieces as the stage pack would."""
     from safetensors.numpy import save_file
 
     (work / "pack").mkdir()
@@ -179,14 +179,16 @@ def write_pack(work: Path, length: int, vocabulary: int) -> None:
     tokens = np.random.default_rng(0).integers(vocabulary, size=(2, length), dtype=np.int32)
     pieces = np.asarray([length // 2] * 4, np.int32)
     offsets = np.asarray([0, 2, 4], np.int64)
-    save_file({"input_ids": tokens, "piece_lengths": pieces, "piece_offsets": offsets}, file)
+    numbers = np.arange(4, dtype=np.int32)
+    parts = {"piece_lengths": pieces, "piece_documents": numbers, "piece_offsets": offsets}
+    save_file({"input_ids": tokens} | parts, file)
     manifest.write(
         work / "pack.json",
         script=ROOT / "scripts/pack.py",
         settings={},
         inputs={},
         files=[file],
-        facts={"document_masks": True, "sequence_length": length, "sequences": 2},
+        facts={"document_masks": document_masks, "sequence_length": length, "sequences": 2},
     )
 
 

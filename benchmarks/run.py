@@ -1,4 +1,4 @@
-"""Run the benchmarks: each compares two commands in turn on this machine and reports the ratio.
+"""Run the benchmarks: each compares two things in turn on this machine and reports the ratio.
 
 Prints a table and writes ``benchmarks/results.json``. A ratio is the median of the pairs' ratios, so
 that a machine whose speed drifts does not tilt it.
@@ -12,6 +12,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import chunked_loss
+import training_speed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = 7
@@ -38,6 +41,32 @@ def compare(name: str, goal: str, ours: list[str], other: list[str]) -> dict:
     }
 
 
+def training() -> dict:
+    """Compare the tokens a second of the training stage with those of a bare loop."""
+    found = training_speed.measure()
+    return {
+        "name": "train_vs_bare_loop",
+        "ratio": round(found["ratio"], 3),
+        "goal": ">= 0.95",
+        "ours": f"{found['ours']:.0f} tokens/s",
+        "other": f"{found['other']:.0f} tokens/s",
+        "command": "python benchmarks/training_speed.py",
+    }
+
+
+def loss_memory() -> dict:
+    """Compare the memory of a step with the chunked loss with that of the stock loss."""
+    found = chunked_loss.measure()
+    return {
+        "name": "chunked_loss_memory_vs_stock",
+        "ratio": round(found["ratio"], 3),
+        "goal": "<= 0.35",
+        "ours": f"{found['ours'] / 2**30:.2f} GiB",
+        "other": f"{found['other'] / 2**30:.2f} GiB",
+        "command": "python benchmarks/chunked_loss.py",
+    }
+
+
 def machine() -> str:
     """Return a line about this machine."""
     model = platform.processor() or platform.machine()
@@ -55,9 +84,11 @@ def main() -> None:
         sys.exit("error: the default run is not finished; run `make` first, then `make bench`")
     results = [
         compare("noop_vs_version", "<= 2", ["snakemake"], ["snakemake", "--version"]),
+        loss_memory(),
+        training(),
     ]
     for row in results:
-        print(f"{row['name']:24} {row['ratio']:8.3f}  goal {row['goal']:8}", end="")
+        print(f"{row['name']:30} {row['ratio']:8.3f}  goal {row['goal']:8}", end="")
         print(f" ours {row['ours']:10} other {row['other']:10} {row['command']}")
     text = json.dumps({"machine": machine(), "results": results}, indent=1) + "\n"
     (ROOT / "benchmarks" / "results.json").write_text(text, encoding="utf-8")

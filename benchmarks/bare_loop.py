@@ -1,0 +1,61 @@
+"""A bare PyTorch training loop on the inputs of the default run, to measure the training stage by.
+
+Everything that the stage's settings say is the same here: model, RoPE, adapter, batch, precision,
+attention, document masks, loss, checkpointing, optimizer, clipping, threads and data. What is missing
+is what the stage is for: engine, checkpoints, guards, metrics. Prints a line a step.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from longyarn import adapters, losses, manifest, models  # noqa: E402
+from longyarn.cli import set_up_torch  # noqa: E402
+from longyarn.sequences import Packed  # noqa: E402
+
+
+def main(run: Path, settings: dict) -> None:
+    """Train on the stages' results below ``run`` with config section `training`."""
+    set_up_torch(settings["threads"])
+    import torch
+    import transformers
+
+    transformers.set_seed(settings["seed"])
+    model = models.load_model(
+        run / "base", run / "rope/yarn.json", dtype="fp32", attention=settings["attention"]
+    )
+    model.config.use_cache = False
+    model = adapters.attach(model, settings["lora"])
+    losses.attach(model)  # the same loss on both sides, so that only the loop differs
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=settings["learning_rate"],
+        betas=(0.9, settings["adam_beta2"]),
+        weight_decay=settings["weight_decay"],
+    )
+    schedule = transformers.get_constant_schedule_with_warmup(optimizer, settings["warmup_steps"])
+    pack = manifest.read(run / "pack.json")
+    data = Packed(run / next(iter(pack["files"])), pack["facts"]["document_masks"])
+    model.train()
+    for step in range(1, settings["steps"] + 1):
+        rows = range((step - 1) * settings["batch_size"], step * settings["batch_size"])
+        batch = [{key: part[None] for key, part in data[row].items()} for row in rows]
+        labels = sum(int((item["labels"][:, 1:] != -100).sum()) for item in batch)
+        total = 0.0
+        for item in batch:
+            loss = model(**item, num_items_in_batch=labels).loss
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(trained, settings["max_grad_norm"])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        print(f"train: step {step}/{settings['steps']} loss {total:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,119 @@
+"""Train random models of real shapes at 32,768 tokens on a GPU: speed, memory, and what each saves.
+
+Not run by us: there was no GPU. Every case is the training stage itself in a process of its own. Prints
+a line a case and writes benchmarks/gpu.json. Published for comparison, an 8B on one H100 with ALST
+(arXiv 2506.13996): 189 TFLOP/s at 32k tokens, 548 at 500k. `--cpu` with a short `--length` tries the
+program where there is no GPU; its figures mean nothing.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import memory
+import torch
+import yaml
+
+from longyarn import estimate, shapes
+from longyarn.config import complete
+from longyarn.metrics import read
+
+ROOT = Path(__file__).resolve().parents[1]
+LLAMA_2_7B = memory.MICRO | {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+SHAPES = {"llama-2-7b": LLAMA_2_7B, "1b": memory.ONE_BILLION, "micro": memory.MICRO}
+# All features that every GPU has, and what differs from that.
+CASES = {
+    "all": {},
+    "stock loss": {"loss": "stock"},
+    "liger": {"loss": "liger"},
+    "no checkpointing": {"gradient_checkpointing": False},
+    "activation offload": {"activation_offload": True},
+    "optimizer offload": {"offload": "optimizer"},
+    "weights offload": {"offload": "all", "zero_stage": 3},
+    "flash attention": {"attention": "flash_attention_2"},
+}
+
+
+def configuration(length: int, cpu: bool, changes: dict) -> dict:
+    """Return the whole configuration of a case."""
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    config["rope"]["target_length"] = length
+    # Whole documents: sdpa's mask of documents is dense and shuts out its own flash kernel.
+    config["mix"]["document_masks"] = False
+    config["training"] = {
+        "steps": 4, "learning_rate": 1.0e-4, "warmup_steps": 0, "logging_steps": 1, "batch_size": 1,
+        "precision": "fp32" if cpu else "bf16", "gpus": 0 if cpu else 1, "threads": 1,
+        "gradient_checkpointing": True, "lora": {"rank": 64},
+    } | changes  # fmt: skip
+    for instrument in ("perplexity", "passkey"):
+        config["evaluation"][instrument]["lengths"] = [64]
+    return complete(config, ROOT / "schemas" / "config.schema.yaml")
+
+
+def measure(sizes: dict, length: int, cpu: bool, changes: dict) -> dict:
+    """Return tokens a second, model operations a second and peak memory of a case, or its error."""
+    config = configuration(length, cpu, changes)
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        sizes = sizes | {"max_position_embeddings": length}
+        memory.run([sys.executable, "-c", memory.MAKE_MODEL, json.dumps(sizes), work / "model"])
+        memory.stage("download_model", work, "base", "--source", work / "model", "--cache", work)
+        rope = json.dumps({"method": "none", "write_config": True})
+        memory.stage("patch_rope", work, "rope", "--base", work / "base.json", "--settings", rope)
+        memory.write_pack(work, length, sizes["vocab_size"], document_masks=False)
+        command = [
+            sys.executable, ROOT / "scripts/launch.py", "1", "--nproc-per-node", "1",
+            ROOT / "scripts/train.py", "--base", work / "base.json", "--rope", work / "rope.json",
+            "--pack", work / "pack.json", "--settings", json.dumps(config["training"]),
+            "--work", work / "work", "--manifest", work / "trained.json",
+            "--output", work / "trained", "--metrics", work / "metrics.jsonl",
+        ]  # fmt: skip
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "rror" in line]
+            return {"failed": lines[-1][:200] if lines else f"exit {done.returncode}"}
+        steps = [line for line in read(work / "metrics.jsonl") if "loss" in line][1:]
+    rate = sum(line["tokens_per_second"] for line in steps) / len(steps)
+    setup = estimate.Setup(length, lora=config["training"]["lora"], gradient_checkpointing=False)
+    flops = estimate.training_flops(shapes.Shape.of(sizes), setup, 1)
+    return {
+        "tokens_per_second": rate,
+        "model_tflops": rate * flops / 1e12,
+        "peak_gib": max(line["memory_bytes"] for line in steps) / estimate.GIB,
+    }
+
+
+def main() -> None:
+    """Run all cases of the shapes asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llama-2-7b", "1b"])
+    parser.add_argument("--length", type=int, default=32768, help="tokens of a sequence")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cpu", action="store_true", help="try the program without a GPU")
+    arguments = parser.parse_args()
+    if not arguments.cpu and not torch.cuda.is_available():
+        sys.exit("error: there is no GPU here; run this where there is one, or try it with --cpu")
+    device = "CPU" if arguments.cpu else torch.cuda.get_device_name()
+    results = {"device": device, "length": arguments.length, "results": []}
+    for shape in arguments.shape:
+        for case in arguments.case:
+            found = {"failed": "not configured"}
+            with contextlib.suppress(SystemExit):
+                found = measure(SHAPES[shape], arguments.length, arguments.cpu, CASES[case])
+            results["results"].append({"shape": shape, "case": case} | found)
+            print(json.dumps(results["results"][-1]), flush=True)
+    if not arguments.cpu:
+        text = json.dumps(results, indent=1) + "\n"
+        (ROOT / "benchmarks" / "gpu.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

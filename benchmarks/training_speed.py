@@ -1,0 +1,76 @@
+"""Tokens a second of the training stage against a bare loop, on the inputs of the default run."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "results" / "micro"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from longyarn.config import complete  # noqa: E402
+
+WARM, STEPS, ROUNDS = 2, 8, 3  # the first steps are not timed
+
+
+def settings() -> dict:
+    """Return the default's config section `training`, for a few steps without a checkpoint between."""
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    config["training"] |= {"steps": STEPS, "logging_steps": 1, "save_steps": 1000}
+    return complete(config, ROOT / "schemas" / "config.schema.yaml")["training"]
+
+
+def steps(command: list) -> tuple[float, list[str]]:
+    """Run a training; return seconds a step after the first ones, by its lines, and its losses."""
+    times, seen = [], []
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("train: step "):
+                times.append(time.perf_counter())
+                seen.append(line.split(" loss ")[1].split()[0])
+    if process.returncode or len(times) != STEPS:
+        raise SystemExit(f"error: {command[1]} failed or logged {len(times)} of {STEPS} steps")
+    return (times[-1] - times[WARM - 1]) / (STEPS - WARM), seen
+
+
+def measure() -> dict:
+    """Return the median tokens a second of both and of their ratio, from runs in turn."""
+    training = json.dumps(settings())
+    bare = [sys.executable, ROOT / "benchmarks/bare_loop.py", RUN, training]
+    pairs = []
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as directory:
+            work = Path(directory)
+            stage = [
+                sys.executable, ROOT / "scripts/launch.py", "1", "--nproc-per-node", "1",
+                ROOT / "scripts/train.py", "--base", RUN / "base.json",
+                "--rope", RUN / "rope/yarn.json", "--pack", RUN / "pack.json",
+                "--settings", training, "--work", work / "work",
+                "--manifest", work / "trained.json", "--output", work / "trained",
+            ]  # fmt: skip
+            ours, our_losses = steps(stage)
+        other, other_losses = steps(bare)
+        if any(
+            abs(float(a) - float(b)) > 2e-4 for a, b in zip(our_losses, other_losses, strict=True)
+        ):
+            raise SystemExit(f"error: losses differ: {our_losses} against {other_losses}")
+        pairs.append((ours, other))
+    tokens = json.loads((RUN / "pack.json").read_text())["facts"]["sequence_length"]
+    tokens *= json.loads(training)["batch_size"]
+    return {
+        "ours": statistics.median(tokens / a for a, _ in pairs),
+        "other": statistics.median(tokens / b for _, b in pairs),
+        "ratio": statistics.median(b / a for a, b in pairs),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))

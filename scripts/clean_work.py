@@ -1,0 +1,57 @@
+"""List the work directories of training, and remove those that no run will go on from.
+
+A directory is needed while its run is not finished, and afterwards as long as the run's manifest names
+it: more steps go on from its last checkpoint. One that a changed setting has left behind is old. Lists
+alone, unless told to delete.
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+from longyarn import attempts, manifest
+from longyarn.cli import UserError, program
+
+QUIET = 3600  # seconds without a write after which no attempt is taken to be alive
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("work"), help="config key paths.work")
+    parser.add_argument("--delete", action="store_true", help="remove what is old")
+    arguments = parser.parse_args()
+    if not arguments.work.is_dir():
+        raise UserError(
+            f"{arguments.work} is no directory; name paths.work of the config by --work"
+        )
+    for directory in sorted(path for path in arguments.work.iterdir() if path.is_dir()):
+        last = attempts.last_checkpoint(directory)
+        files = [path for path in directory.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files) / 1e6
+        steps = f"step {attempts.steps(last)}" if last else "no checkpoint"
+        state = why_kept(directory) or "old"
+        print(f"{directory}  {steps}  {size:.1f} MB  {state}")
+        if state == "old" and arguments.delete:
+            shutil.rmtree(directory)
+            print(f"{directory}  removed")
+
+
+def why_kept(directory: Path) -> str | None:
+    """Return why a work directory is needed, or None where it is old."""
+    identity = directory / attempts.IDENTITY
+    if not identity.is_file():
+        return "unknown: not made by this version, kept"
+    newest = max(path.stat().st_mtime for path in [directory, *directory.rglob("*")])
+    if time.time() - newest < QUIET:
+        return "written to within the hour, kept"
+    trained = Path(manifest.read_json(identity)["run"])
+    if not trained.is_file():
+        return f"{trained} is not made yet, kept"
+    if manifest.read_facts(trained).get("work") == directory.name:
+        return f"{trained} was made here, kept"
+    return None
+
+
+if __name__ == "__main__":
+    program(main)()
