@@ -20,7 +20,7 @@ LAYERED := $(if $(PROFILE),--workflow-profile $(PROFILE)) $(if $(CONFIG),--confi
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: run setup setup-dev setup-slurm test test-slurm lint bench micro-base plan prefetch preflight lock image sif test-containers accept clean
+.PHONY: run setup setup-dev setup-slurm test test-slurm lint bench micro-base plan prefetch preflight lock image sif test-containers accept clean clean-work
 
 run: setup
 	snakemake --cores $(CORES) $(LAYERED)
@@ -101,6 +101,11 @@ sif: setup
 # Declare that changed code makes no difference to results; docs/reruns.md says when that is right.
 accept: setup
 	snakemake --touch --cores 1 $(LAYERED)
+
+# What training left in the work directory that no run will go on from; DELETE=1 removes it.
+DELETE ?=
+clean-work: setup
+	python scripts/clean_work.py $(if $(DELETE),--delete)
 
 clean:
 	rm -rf results work .snakemake

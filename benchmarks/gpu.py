@@ -7,7 +7,6 @@ program where there is no GPU; its figures mean nothing.
 """
 
 import argparse
-import contextlib
 import json
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import torch
 import yaml
 
 from longyarn import estimate, shapes
+from longyarn.cli import UserError
 from longyarn.config import complete
 from longyarn.metrics import read
 
@@ -105,9 +105,10 @@ def main() -> None:
     results = {"device": device, "length": arguments.length, "results": []}
     for shape in arguments.shape:
         for case in arguments.case:
-            found = {"failed": "not configured"}
-            with contextlib.suppress(SystemExit):
+            try:
                 found = measure(SHAPES[shape], arguments.length, arguments.cpu, CASES[case])
+            except UserError as error:
+                found = {"failed": str(error)}
             results["results"].append({"shape": shape, "case": case} | found)
             print(json.dumps(results["results"][-1]), flush=True)
     if not arguments.cpu:

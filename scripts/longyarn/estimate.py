@@ -1,7 +1,7 @@
 """What a run costs, from sizes alone: memory of a GPU, arithmetic, disk. docs/planning.md explains.
 
 Bytes and floating-point operations are plain numbers. The memory model describes what our training
-stage does (scripts/train.py: DeepSpeed on transformers' own loss), read from its libraries' code and
+stage does (scripts/train.py), read from its libraries' code and
 measured on a CPU; on a GPU it is unproved.
 """
 
