@@ -1,6 +1,7 @@
 """Training: masks that are on, losses that are right, checkpoints that resume exactly."""
 
 import itertools
+import json
 import shutil
 
 import numpy as np
@@ -106,6 +107,19 @@ def test_guards_ran_and_the_adapter_is_not_empty(finished):
     assert all(tensor.norm() > 0 for tensor in adapter.values())
     assert not list((run / "trained").glob("*.bin"))
     assert str(finished.directory) not in (run / "trained" / "adapter_config.json").read_text()
+
+
+def test_held_out_losses_and_metrics_of_the_whole_chain(finished):
+    run = finished.directory / "results" / "tests"
+    measured = manifest.read(run / "trained.json")["facts"]["held_out"]
+    assert [entry["step"] for entry in measured] == [0, 2, 4]
+    assert all(entry["held_out_512"] > 0 and entry["held_out_1024"] > 0 for entry in measured)
+    lines = [
+        json.loads(line) for line in (run / "logs/train.metrics.jsonl").read_text().splitlines()
+    ]
+    losses = [[line["step"], line["loss"]] for line in lines if "loss" in line]
+    assert losses == manifest.read(run / "trained.json")["facts"]["loss"]
+    assert all(line["tokens_per_second"] > 0 for line in lines if "loss" in line)
 
 
 def test_a_stopped_run_goes_on_and_ends_in_the_same_weights(finished_copy):
