@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from longyarn.config import complete  # noqa: E402
 
-WARM, STEPS, ROUNDS = 2, 8, 3  # the first steps are not timed
+WARM, STEPS, ROUNDS = 2, 6, 3  # the first steps are not timed
 
 
 def settings() -> dict:
