@@ -14,12 +14,11 @@ import tempfile
 from pathlib import Path
 
 import memory
+import small_runs
 import torch
-import yaml
 
 from longyarn import estimate, shapes
 from longyarn.cli import UserError
-from longyarn.config import complete
 from longyarn.metrics import read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,18 +43,13 @@ CASES = {
 
 def configuration(length: int, cpu: bool, changes: dict) -> dict:
     """Return the whole configuration of a case."""
-    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
-    config["rope"]["target_length"] = length
-    # Whole documents: sdpa's mask of documents is dense and shuts out its own flash kernel.
-    config["mix"]["document_masks"] = False
-    config["training"] = {
+    training = {
         "steps": 4, "learning_rate": 1.0e-4, "warmup_steps": 0, "logging_steps": 1, "batch_size": 1,
         "precision": "fp32" if cpu else "bf16", "gpus": 0 if cpu else 1, "threads": 1,
         "gradient_checkpointing": True, "lora": {"rank": 64},
-    } | changes  # fmt: skip
-    for instrument in ("perplexity", "passkey"):
-        config["evaluation"][instrument]["lengths"] = [64]
-    return complete(config, ROOT / "schemas" / "config.schema.yaml")
+    }  # fmt: skip
+    # Whole documents: sdpa's mask of documents is dense and shuts out its own flash kernel.
+    return small_runs.configured(length, training | changes, document_masks=False)
 
 
 def measure(sizes: dict, length: int, cpu: bool, changes: dict) -> dict:
@@ -63,20 +57,9 @@ def measure(sizes: dict, length: int, cpu: bool, changes: dict) -> dict:
     config = configuration(length, cpu, changes)
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        sizes = sizes | {"max_position_embeddings": length}
-        memory.run([sys.executable, "-c", memory.MAKE_MODEL, json.dumps(sizes), work / "model"])
-        memory.stage("download_model", work, "base", "--source", work / "model", "--cache", work)
-        rope = json.dumps({"method": "none", "write_config": True})
-        memory.stage("patch_rope", work, "rope", "--base", work / "base.json", "--settings", rope)
-        memory.write_pack(work, length, sizes["vocab_size"], document_masks=False)
-        command = [
-            sys.executable, ROOT / "scripts/launch.py", "1", "--nproc-per-node", "1",
-            ROOT / "scripts/train.py", "--base", work / "base.json", "--rope", work / "rope.json",
-            "--pack", work / "pack.json", "--settings", json.dumps(config["training"]),
-            "--work", work / "work", "--manifest", work / "trained.json",
-            "--output", work / "trained", "--metrics", work / "metrics.jsonl",
-        ]  # fmt: skip
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        memory.prepare(sizes, length, work, document_masks=False)
+        command = small_runs.train_command(work, work, config["training"], metrics=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "rror" in line]
             return {"failed": lines[-1][:200] if lines else f"exit {done.returncode}"}

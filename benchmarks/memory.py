@@ -14,14 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import yaml
+import small_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from longyarn import estimate, manifest, shapes  # noqa: E402
-from longyarn.config import complete  # noqa: E402
+from longyarn import estimate, shapes  # noqa: E402
 
 MICRO = json.loads((ROOT / "resources/micro-base/config.json").read_text())
 NOTHING = MICRO | {
@@ -69,12 +67,7 @@ model.save_pretrained(sys.argv[2])
 def configuration(case: str) -> dict:
     """Return the whole configuration of a case."""
     _, length, changes = CASES[case]
-    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
-    config["rope"]["target_length"] = length
-    config["training"] = TRAINING | changes
-    for instrument in ("perplexity", "passkey"):
-        config["evaluation"][instrument]["lengths"] = [64]
-    return complete(config, ROOT / "schemas" / "config.schema.yaml")
+    return small_runs.configured(length, TRAINING | changes)
 
 
 def estimated(case: str) -> tuple[float, float]:
@@ -100,12 +93,7 @@ def peaks(case: str, work: Path) -> tuple[int, int]:
     Between the two lies saving, for which the Trainer copies the model.
     """
     sizes, length, _ = CASES[case]
-    sizes = sizes | {"max_position_embeddings": length}
-    run([sys.executable, "-c", MAKE_MODEL, json.dumps(sizes), work / "model"])
-    stage("download_model", work, "base", "--source", work / "model", "--cache", work)
-    rope = json.dumps({"method": "none", "write_config": True})
-    stage("patch_rope", work, "rope", "--base", work / "base.json", "--settings", rope)
-    write_pack(work, length, sizes["vocab_size"])
+    prepare(sizes, length, work)
     settings = configuration(case)["training"]
     steps = []
 
@@ -113,17 +101,18 @@ def peaks(case: str, work: Path) -> tuple[int, int]:
         if line.startswith(f"train: step {settings['steps']}/"):
             steps.append(high_water("train.py", str(work)))
 
-    whole = run(
-        [
-            sys.executable, ROOT / "scripts/launch.py", "1", "--nproc-per-node", "1",
-            ROOT / "scripts/train.py", "--base", work / "base.json", "--rope", work / "rope.json",
-            "--pack", work / "pack.json", "--settings", json.dumps(settings),
-            "--work", work / "work", "--manifest", work / "trained.json",
-            "--output", work / "trained",
-        ],
-        at_last_step,
-    )  # fmt: skip
+    whole = run(small_runs.train_command(work, work, settings), at_last_step)
     return steps[0], whole
+
+
+def prepare(sizes: dict, length: int, work: Path, document_masks: bool = True) -> None:
+    """Make a random model of these sizes and what training it takes, below ``work``."""
+    sizes = sizes | {"max_position_embeddings": length}
+    run([sys.executable, "-c", MAKE_MODEL, json.dumps(sizes), work / "model"])
+    stage("download_model", work, "base", "--source", work / "model", "--cache", work)
+    rope = json.dumps({"method": "none", "write_config": True})
+    stage("patch_rope", work, "rope", "--base", work / "base.json", "--settings", rope)
+    small_runs.write_pack(work, length, sizes["vocab_size"], 2, document_masks)
 
 
 def high_water(script: str, argument: str) -> int:
@@ -168,28 +157,6 @@ def run(command: list, see=lambda line: None) -> int:
     if process.returncode:
         raise RuntimeError(f"{command[1]} failed\n{''.join(lines[-40:])}")
     return usage.ru_maxrss * 1024
-
-
-def write_pack(work: Path, length: int, vocabulary: int, document_masks: bool = True) -> None:
-    """Write two sequences of two random pieces as the stage pack would."""
-    from safetensors.numpy import save_file
-
-    (work / "pack").mkdir()
-    file = work / "pack" / "pack.safetensors"
-    tokens = np.random.default_rng(0).integers(vocabulary, size=(2, length), dtype=np.int32)
-    pieces = np.asarray([length // 2] * 4, np.int32)
-    offsets = np.asarray([0, 2, 4], np.int64)
-    numbers = np.arange(4, dtype=np.int32)
-    parts = {"piece_lengths": pieces, "piece_documents": numbers, "piece_offsets": offsets}
-    save_file({"input_ids": tokens} | parts, file)
-    manifest.write(
-        work / "pack.json",
-        script=ROOT / "scripts/pack.py",
-        settings={},
-        inputs={},
-        files=[file],
-        facts={"document_masks": document_masks, "sequence_length": length, "sequences": 2},
-    )
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import chunked_loss
@@ -41,29 +42,16 @@ def compare(name: str, goal: str, ours: list[str], other: list[str]) -> dict:
     }
 
 
-def training() -> dict:
-    """Compare the tokens a second of the training stage with those of a bare loop."""
-    found = training_speed.measure()
+def measured(name: str, goal: str, module, show: Callable[[float], str]) -> dict:
+    """Return the row of a benchmark that is a module with ``measure``; ``show`` writes its figures."""
+    found = module.measure()
     return {
-        "name": "train_vs_bare_loop",
+        "name": name,
         "ratio": round(found["ratio"], 3),
-        "goal": ">= 0.95",
-        "ours": f"{found['ours']:.0f} tokens/s",
-        "other": f"{found['other']:.0f} tokens/s",
-        "command": "python benchmarks/training_speed.py",
-    }
-
-
-def loss_memory() -> dict:
-    """Compare the memory of a step with the chunked loss with that of the stock loss."""
-    found = chunked_loss.measure()
-    return {
-        "name": "chunked_loss_memory_vs_stock",
-        "ratio": round(found["ratio"], 3),
-        "goal": "<= 0.35",
-        "ours": f"{found['ours'] / 2**30:.2f} GiB",
-        "other": f"{found['other'] / 2**30:.2f} GiB",
-        "command": "python benchmarks/chunked_loss.py",
+        "goal": goal,
+        "ours": show(found["ours"]),
+        "other": show(found["other"]),
+        "command": f"python benchmarks/{module.__name__}.py",
     }
 
 
@@ -84,8 +72,15 @@ def main() -> None:
         sys.exit("error: the default run is not finished; run `make` first, then `make bench`")
     results = [
         compare("noop_vs_version", "<= 2", ["snakemake"], ["snakemake", "--version"]),
-        loss_memory(),
-        training(),
+        measured(
+            "chunked_loss_memory_vs_stock",
+            "<= 0.35",
+            chunked_loss,
+            lambda size: f"{size / 2**30:.2f} GiB",
+        ),
+        measured(
+            "train_vs_bare_loop", ">= 0.95", training_speed, lambda rate: f"{rate:.0f} tokens/s"
+        ),
     ]
     for row in results:
         print(f"{row['name']:30} {row['ratio']:8.3f}  goal {row['goal']:8}", end="")

@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import small_runs
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,19 +44,12 @@ def steps(command: list) -> tuple[float, list[str]]:
 
 def measure() -> dict:
     """Return the median tokens a second of both and of their ratio, from runs in turn."""
-    training = json.dumps(settings())
-    bare = [sys.executable, ROOT / "benchmarks/bare_loop.py", RUN, training]
+    training = settings()
+    bare = [sys.executable, ROOT / "benchmarks/bare_loop.py", RUN, json.dumps(training)]
     pairs = []
     for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as directory:
-            work = Path(directory)
-            stage = [
-                sys.executable, ROOT / "scripts/launch.py", "1", "--nproc-per-node", "1",
-                ROOT / "scripts/train.py", "--base", RUN / "base.json",
-                "--rope", RUN / "rope/yarn.json", "--pack", RUN / "pack.json",
-                "--settings", training, "--work", work / "work",
-                "--manifest", work / "trained.json", "--output", work / "trained",
-            ]  # fmt: skip
+            stage = small_runs.train_command(RUN, Path(directory), training, rope="rope/yarn.json")
             ours, our_losses = steps(stage)
         other, other_losses = steps(bare)
         if any(
@@ -64,7 +58,7 @@ def measure() -> dict:
             raise SystemExit(f"error: losses differ: {our_losses} against {other_losses}")
         pairs.append((ours, other))
     tokens = json.loads((RUN / "pack.json").read_text())["facts"]["sequence_length"]
-    tokens *= json.loads(training)["batch_size"]
+    tokens *= training["batch_size"]
     return {
         "ours": statistics.median(tokens / a for a, _ in pairs),
         "other": statistics.median(tokens / b for _, b in pairs),

@@ -115,11 +115,6 @@ def request(stage, what):
     return lambda wildcards, attempt: requests.request(config, stage, what, attempt)
 
 
-def flops_options():
-    """Return what training needs to know for model FLOPs utilisation."""
-    return requests.flops_options(config)
-
-
 def inside_image():
     """Return the command that enters the image, where a rule has to call it by itself."""
     if NODES == 1 or not IN_APPTAINER:

@@ -41,7 +41,7 @@ rule train:
         evaluation=evaluation_lengths(),
         inside_image=inside_image(),
         on_every_node=on_every_node(),
-        utilisation=flops_options(),
+        utilisation=requests.flops_options(config),
         # In a job of SLURM the minutes are a limit; on a workstation they are a guess.
         time_limit="--minutes-are-a-limit" if workflow.remote_exec else "",
     params:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from longyarn import evaluation, manifest, statistics
+from longyarn import evaluation, statistics
 from longyarn.cli import UserError, program, progress
+from longyarn.tokens import held_out_documents
 
 LOGITS_AT_ONCE = 1024  # positions whose logits are in memory together
 
@@ -25,12 +26,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, help="tokens between windows; default: the length")
     parser.add_argument("--tokens-per-document", type=int, required=True, help="at most this many")
     arguments = parser.parse_args()
-    from safetensors.numpy import load_file
-
-    tokens = manifest.read(arguments.tokens)
-    documents = held_out_documents(
-        tokens, load_file(arguments.tokens.parent / next(iter(tokens["files"])))
-    )
+    documents = held_out_documents(arguments.tokens)
     kept, too_short = whole_windows(
         {name: len(ids) for name, ids in documents.items()},
         max(arguments.lengths),
@@ -71,16 +67,6 @@ def main() -> None:
         inputs={"tokens": arguments.tokens},
         facts=facts,
     )
-
-
-def held_out_documents(tokens: dict, stored: dict) -> dict[str, np.ndarray]:
-    """Return the held-out documents' tokens by id."""
-    offsets = stored["offsets"]
-    return {
-        document["id"]: stored["tokens"][offsets[number] : offsets[number + 1]]
-        for number, document in enumerate(tokens["facts"]["documents"])
-        if document["held_out"]
-    }
 
 
 def whole_windows(

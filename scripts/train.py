@@ -17,6 +17,7 @@ from pathlib import Path
 from longyarn import adapters, attempts, engine, losses, manifest, models
 from longyarn.cli import UserError, program, set_up_torch
 from longyarn.sequences import Packed
+from longyarn.tokens import held_out_documents
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
         rope,
         pack["facts"]["document_masks"],
         documents=lambda step: names_of(arguments, data, step),
-        last_good=lambda: described(attempts.last_checkpoint(work)),
+        last_good=lambda: attempts.last_name(work),
     )
     stop = stopping.Stopping(attempt, time_limit, settings["save_minutes"])
     trainer = Trainer(model=model, args=training, train_dataset=data, guards=checks)
@@ -88,13 +89,12 @@ def main() -> None:
             peak_flops=arguments.peak_flops,
         )
     )
-    trainer.add_callback(
-        stop
-    )  # before the held-out losses, which a run that must stop has no time for
+    # Before the held-out losses, which a run that must stop has no time for.
+    trainer.add_callback(stop)
     if settings["held_out_steps"]:
         trainer.add_callback(
             held_out.HeldOut(
-                held_out.read(arguments.tokens),
+                list(held_out_documents(arguments.tokens).values()),
                 (rope["original_max_position_embeddings"], length),
                 settings["held_out_steps"],
                 settings["early_stopping"],
@@ -178,10 +178,6 @@ def begin(arguments: argparse.Namespace) -> tuple[Path, Path]:
 def placed(theirs: dict, ours: dict) -> str:
     """Return where another placement differs, in the config's words."""
     return ", ".join(f"training.{key} {theirs[key]}" for key in theirs if theirs[key] != ours[key])
-
-
-def described(checkpoint: Path | None) -> str | None:
-    return attempts.describe(checkpoint) if checkpoint else None
 
 
 def names_of(arguments: argparse.Namespace, data: Packed, step: int) -> list[str]:

@@ -15,6 +15,7 @@ from longyarn.cli import UserError
 from longyarn.guards import Guards
 from longyarn.held_out import HeldOut
 from longyarn.metrics import Metrics
+from longyarn.tokens import held_out_documents
 from longyarn.trainer import Trainer
 
 VOCABULARY = 64
@@ -227,7 +228,7 @@ def test_reads_the_held_out_documents_alone(tmp_path):
         files=[file],
         facts={"documents": listed},
     )
-    found = held_out.read(tmp_path / "tokens.json")
+    found = list(held_out_documents(tmp_path / "tokens.json").values())
     assert len(found) == 2
     assert np.array_equal(found[0], pieces[0]) and np.array_equal(found[1], pieces[2])
 

@@ -45,17 +45,21 @@ def same_gradients(one, other) -> None:
     assert seen
 
 
+def same_loss_and_gradients(stock, chunked, **inputs) -> None:
+    expected, found = (model(**inputs).loss for model in (stock, chunked))
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    expected.backward()
+    found.backward()
+    same_gradients(stock, chunked)
+
+
 @pytest.mark.parametrize("items", [None, 100])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"bias": True}])
 @pytest.mark.parametrize("chunk", [1, 7, 48, 1000])
 def test_loss_and_gradients_are_the_stock_ones(chunk, changes, items):
     stock, chunked = pair(chunk, **changes)
     more = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
-    expected, found = (model(**batch(), **more).loss for model in (stock, chunked))
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
-    expected.backward()
-    found.backward()
-    same_gradients(stock, chunked)
+    same_loss_and_gradients(stock, chunked, **batch(), **more)
 
 
 def test_labels_that_were_shifted_before():
@@ -130,11 +134,7 @@ def test_the_head_is_the_one_that_peft_trains(tied, whole):
                     parameter.mul_(2)
     stock, chunked = models
     losses.attach(chunked, 7)
-    expected, found = (model(**batch()).loss for model in models)
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
-    expected.backward()
-    found.backward()
-    same_gradients(stock, chunked)
+    same_loss_and_gradients(stock, chunked, **batch())
 
 
 def test_a_head_that_is_not_the_altered_one_is_an_error():

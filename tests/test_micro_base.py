@@ -8,13 +8,12 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import micro_base
 import passkey
 import perplexity
-from longyarn import manifest
+from longyarn.tokens import held_out_documents
 
 BASE = ROOT / "resources" / "micro-base"
 
@@ -66,8 +65,7 @@ def test_it_retrieves_within_its_window(model, tokenizer):
 
 def test_its_perplexity_rises_past_its_window(model, finished):
     run = finished.directory / "results" / "tests"
-    tokens = manifest.read(run / "tokens.json")
-    held_out = perplexity.held_out_documents(tokens, load_file(run / "tokens/tokens.safetensors"))
+    held_out = held_out_documents(run / "tokens.json")
     ids = held_out["shakespeare/tempest"][:8192]
     scored = perplexity.scored_everywhere(len(ids), [512, 4096], None)
     short, long = (

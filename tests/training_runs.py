@@ -5,57 +5,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import yaml
 from conftest import ROOT
-from safetensors.numpy import save_file
 from stages import bring, make_model
 from stages import run as run_stage
 
 import patch_rope
-from longyarn import config, manifest
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import small_runs
 
 LENGTH, BATCH, STEPS = 128, 4, 5
 
 
 def settings(masks: bool = True, **changes) -> dict:
     """Return a whole config section `training`, checked as a user's is."""
-    whole = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     training = {
         "steps": STEPS, "learning_rate": 1.0e-3, "warmup_steps": 0, "batch_size": BATCH, "threads": 1,
         "precision": "fp32", "logging_steps": 1, "gradient_checkpointing": False,
     }  # fmt: skip
-    whole |= {"training": training | changes}
-    whole["mix"]["document_masks"] = masks
-    whole["rope"]["target_length"] = LENGTH
-    for instrument in ("perplexity", "passkey"):
-        whole["evaluation"][instrument]["lengths"] = [64]
-    return config.complete(whole, ROOT / "schemas" / "config.schema.yaml")["training"]
-
-
-def write_pack(directory: Path, masks: bool) -> None:
-    """Write sequences of random tokens in several pieces, as the stage pack would."""
-    generator = np.random.default_rng(0)
-    rows, pieces = BATCH * STEPS, [LENGTH // 2, LENGTH // 4, LENGTH // 4]
-    (directory / "pack").mkdir()
-    file = directory / "pack" / "pack.safetensors"
-    save_file(
-        {
-            "input_ids": generator.integers(500, size=(rows, LENGTH), dtype=np.int32),
-            "piece_lengths": np.asarray(pieces * rows, np.int32),
-            "piece_documents": np.arange(len(pieces) * rows, dtype=np.int32),
-            "piece_offsets": np.arange(rows + 1) * len(pieces),
-        },
-        file,
-    )
-    manifest.write(
-        directory / "pack.json",
-        script=ROOT / "scripts/pack.py",
-        settings={},
-        inputs={},
-        files=[file],
-        facts={"document_masks": masks, "sequence_length": LENGTH, "sequences": rows},
-    )
+    return small_runs.configured(LENGTH, training | changes, masks)["training"]
 
 
 def make_inputs(directory: Path, masks: bool = True) -> Path:
@@ -66,20 +34,13 @@ def make_inputs(directory: Path, masks: bool = True) -> Path:
         patch_rope, "--base", base, "--settings", rope,
         "--manifest", directory / "rope.json", "--output", directory / "rope",
     )  # fmt: skip
-    write_pack(directory, masks)
+    small_runs.write_pack(directory, LENGTH, 500, BATCH * STEPS, masks)
     return directory
 
 
 def command(inputs: Path, output: Path, training: dict, work: Path | None = None) -> list[str]:
     """Return the command that trains, one process a machine of ``training``, all on this one."""
-    parts = [
-        sys.executable, ROOT / "scripts/launch.py", "1", "--nproc-per-node", training["nodes"],
-        ROOT / "scripts/train.py", "--base", inputs / "base.json", "--rope", inputs / "rope.json",
-        "--pack", inputs / "pack.json", "--settings", json.dumps(training),
-        "--work", work or output / "work", "--manifest", output / "trained.json",
-        "--output", output / "trained", "--metrics", output / "metrics.jsonl",
-    ]  # fmt: skip
-    return list(map(str, parts))
+    return small_runs.train_command(inputs, output, training, work=work, metrics=True)
 
 
 def train(inputs: Path, output: Path, training: dict, check: bool = True, **more):

@@ -81,6 +81,12 @@ def last_checkpoint(work: Path, most: int | None = None) -> Path | None:
     return max(found, key=steps, default=None)
 
 
+def last_name(work: Path) -> str | None:
+    """Return the name of the last whole checkpoint as a log line has it, or nothing."""
+    last = last_checkpoint(work)
+    return describe(last) if last else None
+
+
 def skipped(work: Path) -> list[str]:
     """Return a sentence for each checkpoint that is passed over because it is not whole."""
     return [
@@ -120,8 +126,9 @@ def other_placement(work: Path, identity: dict) -> Other | None:
         return None
     for found in sorted(work.parent.glob(f"*/{IDENTITY}")):
         theirs = manifest.read_json(found)
-        last = last_checkpoint(found.parent)
-        if found.parent != work and last and same_run(theirs, identity):
+        if found.parent == work or not same_run(theirs, identity):
+            continue
+        if last := last_checkpoint(found.parent):
             return Other(found.parent, theirs["placement"], steps(last))
     return None
 

@@ -6,13 +6,11 @@ has no context there, is scored at neither.
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from longyarn import manifest
 from longyarn.cli import UserError
 from longyarn.guards import say
 
@@ -80,17 +78,6 @@ class HeldOut(TrainerCallback):
                 f"fallen below {min(history):.4f} for {self.patience} measurements"
             )
             control.should_training_stop = control.should_save = True
-
-
-def read(tokens_manifest: Path) -> list[np.ndarray]:
-    """Return the tokens of the held-out documents of a tokens manifest, each int32 (n,)."""
-    from safetensors.numpy import load_file
-
-    tokens = manifest.read(tokens_manifest)
-    stored = load_file(Path(tokens_manifest).parent / next(iter(tokens["files"])))
-    pieces = np.split(stored["tokens"], stored["offsets"][1:-1])
-    listed = zip(tokens["facts"]["documents"], pieces, strict=True)
-    return [ids for document, ids in listed if document["held_out"]]
 
 
 def waited(history: list[float]) -> int:

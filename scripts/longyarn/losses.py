@@ -3,8 +3,8 @@
 The stock loss holds the logits of every position three times over in float32: 12 bytes × vocabulary ×
 length. Here the output head itself, told the labels, gives the sum of the cross entropies and works out
 its gradients on the way, a chunk at a time, so the backward pass only scales them. It stays a call of
-the head, which is where ZeRO-3 gathers the head's weight. DeepSpeed's TiledFusedLogitsLoss hands the
-head's gradient past autograd and takes a mean over tiles, so tiles of unequal counts weigh wrongly.
+the head, which is where ZeRO-3 gathers the head's weight. DeepSpeed's TiledFusedLogitsLoss adds the
+head's gradient during the forward pass, so what the loss is divided by afterwards does not reach it.
 """
 
 import functools

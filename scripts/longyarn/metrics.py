@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from longyarn import manifest
 from longyarn.guards import say
 
 
@@ -122,11 +122,8 @@ def keep_until(file: Path, step: int) -> list[dict]:
 
     An attempt that was killed has logged steps after its last checkpoint; they will be trained again.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in read(file) if line["step"] <= step] if file.is_file() else []
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(partial, file)
+    manifest.write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 

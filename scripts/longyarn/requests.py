@@ -215,11 +215,11 @@ def flops_options(config: dict) -> str:
     The model's operations do not count what gradient checkpointing computes twice (arXiv 2204.02311,
     appendix B).
     """
-    shape, training = known_shape(config), config["training"]
-    if shape is None or not training["gpus"]:
+    shape = known_shape(config) if config["training"]["gpus"] else None
+    if shape is None:
         return ""
     setup = replace(estimate.Setup.of(config), gradient_checkpointing=False)
-    peak = gpu(config)["tflops"].get(training["precision"], 0) * 1e12 * setup.processes
+    peak = gpu_peak(config, setup.precision) * setup.processes
     return (
         f"--flops-per-token {estimate.training_flops(shape, setup, 1):.6g} --peak-flops {peak:.6g}"
     )
@@ -244,10 +244,15 @@ def gpu(config: dict) -> dict:
 
 def gpu_rate(config: dict, precision: str) -> float:
     """Return the operations a second that one GPU is taken to reach at a precision."""
+    return gpu_peak(config, precision) * config["hardware"]["utilisation"]
+
+
+def gpu_peak(config: dict, precision: str) -> float:
+    """Return the operations a second that one GPU could do at a precision."""
     peaks = gpu(config)["tflops"]
     if precision not in peaks:
         raise UserError(
             f"hardware.gpu {config['hardware']['gpu']} has no {precision}; choose one of "
             f"{', '.join(peaks)} for training.precision and evaluation.precision, or another GPU"
         )
-    return peaks[precision] * 1e12 * config["hardware"]["utilisation"]
+    return peaks[precision] * 1e12

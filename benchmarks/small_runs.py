@@ -1,0 +1,79 @@
+"""Training runs without Snakemake, for benchmarks and tests: settings, sequences, the command."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from longyarn import batches, manifest  # noqa: E402
+from longyarn.config import complete  # noqa: E402
+
+
+def configured(length: int, training: dict, document_masks: bool = True) -> dict:
+    """Return a whole configuration with this section `training`, checked as a user's is."""
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    config["rope"]["target_length"] = length
+    config["mix"]["document_masks"] = document_masks
+    config["training"] = training
+    for instrument in ("perplexity", "passkey"):
+        config["evaluation"][instrument]["lengths"] = [64]
+    return complete(config, ROOT / "schemas" / "config.schema.yaml")
+
+
+def write_pack(
+    directory: Path, length: int, vocabulary: int, sequences: int, document_masks: bool = True
+) -> None:
+    """Write sequences of three pieces of random tokens, as the stage pack would."""
+    pieces = [length // 2, length // 4, length // 4]
+    (directory / "pack").mkdir()
+    file = directory / "pack" / "pack.safetensors"
+    generator = np.random.default_rng(0)
+    save_file(
+        {
+            "input_ids": generator.integers(vocabulary, size=(sequences, length), dtype=np.int32),
+            "piece_lengths": np.asarray(pieces * sequences, np.int32),
+            "piece_documents": np.arange(len(pieces) * sequences, dtype=np.int32),
+            "piece_offsets": np.arange(sequences + 1) * len(pieces),
+        },
+        file,
+    )
+    manifest.write(
+        directory / "pack.json",
+        script=ROOT / "scripts/pack.py",
+        settings={},
+        inputs={},
+        files=[file],
+        facts={
+            "document_masks": document_masks,
+            "sequence_length": length,
+            "sequences": sequences,
+        },
+    )
+
+
+def train_command(
+    inputs: Path,
+    output: Path,
+    training: dict,
+    *,
+    rope: str = "rope.json",
+    work: Path | None = None,
+    metrics: bool = False,
+) -> list[str]:
+    """Return the command that trains on the manifests below ``inputs``, all processes on this machine."""
+    parts = [
+        sys.executable, ROOT / "scripts/launch.py", "1", "--nproc-per-node",
+        batches.processes(training), ROOT / "scripts/train.py", "--base", inputs / "base.json",
+        "--rope", inputs / rope, "--pack", inputs / "pack.json",
+        "--settings", json.dumps(training), "--work", work or output / "work",
+        "--manifest", output / "trained.json", "--output", output / "trained",
+    ]  # fmt: skip
+    if metrics:
+        parts += ["--metrics", output / "metrics.jsonl"]
+    return list(map(str, parts))
