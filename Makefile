@@ -103,9 +103,11 @@ accept: setup
 	snakemake --touch --cores 1 $(LAYERED)
 
 # What training left in the work directory that no run will go on from; DELETE=1 removes it.
+# WORK is paths.work of the config.
+WORK ?= work
 DELETE ?=
 clean-work: setup
-	python scripts/clean_work.py $(if $(DELETE),--delete)
+	python scripts/clean_work.py --work $(WORK) $(if $(DELETE),--delete)
 
 clean:
 	rm -rf results work .snakemake

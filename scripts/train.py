@@ -182,8 +182,7 @@ def placed(theirs: dict, ours: dict) -> str:
 
 def names_of(arguments: argparse.Namespace, data: Packed, step: int) -> list[str]:
     """Return the documents in the batch of a step, which counts from 1: names, or numbers without them."""
-    batch = arguments.settings["batch_size"]
-    numbers = data.documents(row % len(data) for row in range((step - 1) * batch, step * batch))
+    numbers = data.documents(data.rows(step, arguments.settings["batch_size"]))
     if not arguments.tokens:
         return [f"document {number}" for number in numbers]
     documents = manifest.read_facts(arguments.tokens)["documents"]

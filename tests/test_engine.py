@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from stages import one_sentence
 from training_runs import BATCH, STEPS, make_inputs, metrics, settings, train
+from transformers import GPTNeoXConfig
 
 from longyarn import adapters, engine, manifest, models
 from longyarn.cli import UserError
@@ -138,6 +139,24 @@ def test_heads_that_cannot_be_shared_are_refused(runs):
     made = models.load_config(runs[False] / "base", runs[False] / "rope.json")
     with pytest.raises(UserError, match="sp_size 4 cannot share 2 attention heads"):
         engine.check_heads(training, made)
+
+
+def test_a_model_without_grouped_keys_has_one_for_each_head():
+    made = GPTNeoXConfig(num_attention_heads=4)
+    assert not hasattr(made, "num_key_value_heads")
+    engine.check_heads(settings(masks=False), made)
+    four = settings(masks=False, nodes=4, sp_size=4, zero_stage=3)
+    engine.check_heads(four, made)
+    with pytest.raises(UserError, match="cannot share 6 attention heads with 6"):
+        engine.check_heads(four, GPTNeoXConfig(num_attention_heads=6))
+
+
+def test_the_sequences_of_a_step_begin_anew_with_each_epoch(runs):
+    data = Packed(runs[True] / "pack" / "pack.safetensors", True)
+    assert len(data) == 20
+    assert data.rows(1, 8) == range(8)
+    assert data.rows(3, 8) == range(16, 20)  # what is left of an epoch is a step of its own
+    assert data.rows(4, 8) == range(8)
 
 
 @pytest.mark.parametrize(

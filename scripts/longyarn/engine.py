@@ -48,8 +48,8 @@ def require_packages(settings: dict) -> None:
 
 def check_heads(settings: dict, config) -> None:
     """Stop unless the attention heads of a model's configuration can be shared by sp_size processes."""
-    count = settings["sp_size"]
-    heads, keys = config.num_attention_heads, config.num_key_value_heads
+    count, heads = settings["sp_size"], config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", heads)  # GPT-NeoX has one for each head, unnamed
     if heads % count or (keys % count and count % keys):
         raise UserError(
             f"training.sp_size {count} cannot share {heads} attention heads with {keys} of keys and "

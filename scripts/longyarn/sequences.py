@@ -1,5 +1,6 @@
 """The packed sequences as a dataset for training."""
 
+import math
 from pathlib import Path
 
 from longyarn import packing
@@ -33,6 +34,11 @@ class Packed:
         position_ids = torch.from_numpy(packing.positions(lengths, self.document_masks))
         labels = input_ids.masked_fill(position_ids == 0, -100)
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+    def rows(self, step: int, batch_size: int) -> range:
+        """Return the sequences of a step, which counts from 1; the last of an epoch may have fewer."""
+        begin = (step - 1) % math.ceil(len(self) / batch_size) * batch_size
+        return range(begin, min(begin + batch_size, len(self)))
 
     def documents(self, rows) -> list[int]:
         """Return the numbers of the documents, as in the tokens' manifest, in these sequences."""
