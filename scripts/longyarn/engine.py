@@ -83,10 +83,12 @@ def deepspeed_config(settings: dict) -> dict:
 
 def training_arguments(settings: dict, attempt: Path):
     """Return transformers' TrainingArguments; DeepSpeed's configuration is written beside the run."""
+    import torch
     from transformers import TrainingArguments
 
     engine = deepspeed_config(settings)
-    manifest.write_json(attempt / "deepspeed.json", engine)
+    if torch.distributed.get_rank() == 0:  # two writers of one file would take it from each other
+        manifest.write_json(attempt / "deepspeed.json", engine)
     liger = settings["loss"] == "liger"
     return TrainingArguments(
         output_dir=str(attempt),
