@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 from download_model import WANTED
 from longyarn import containers, manifest, preflight, requests
 from longyarn.cli import UserError
-from longyarn.config import complete
+from longyarn.config import complete, phases
 from snakemake.settings.types import DeploymentMethod
 
 try:
@@ -33,10 +33,17 @@ if IN_APPTAINER:
     except UserError as error:
         sys.exit(f"error: {error}")
 
-# The RoPE variant that training starts from, and those that are evaluated untrained.
-TRAINED_ROPE = (
-    "base" if config["rope"]["method"] == "none" else config["rope"]["method"]
-)
+# Each phase's whole configuration by its directory; the run itself, without one, comes last.
+PHASES = phases(config)
+
+
+def rope_of(settings):
+    """Return the RoPE variant that training with these settings starts from."""
+    method = settings["rope"]["method"]
+    return "base" if method == "none" else method
+
+
+TRAINED_ROPE = rope_of(config)
 VARIANTS = config["evaluation"]["variants"]
 
 
@@ -64,7 +71,9 @@ if config["training"]["gpus"] and config["hardware"]["slurm_gpu_type"]:
 
 
 wildcard_constraints:
-    variant="base|linear|ntk|yarn|trained",
+    variant="base|linear|ntk|yarn|trained|step-[0-9]+",
+    phase="(phase-[0-9]+/)?",
+    step="[0-9]+",
 
 
 def code(stage):
@@ -74,6 +83,40 @@ def code(stage):
     see docs/reruns.md.
     """
     return manifest.code_hash(Path(workflow.basedir) / "scripts" / f"{stage}.py")
+
+
+def phase_name(wildcards):
+    """Return the directory of a job's phase; a checkpoint at some step is one of the run itself."""
+    name = getattr(wildcards, "phase", "")
+    return "" if name.startswith("step-") else name
+
+
+def phase_of(wildcards):
+    """Return the configuration of a job's phase."""
+    return PHASES[phase_name(wildcards)]
+
+
+def before(wildcards):
+    """Return the model that a phase starts from, without ending: the base, or the last phase's own."""
+    names = list(PHASES)
+    number = names.index(phase_name(wildcards))
+    return f"{RUN}/{names[number - 1]}merged" if number else f"{RUN}/base"
+
+
+def start_of_phase(wildcards):
+    """Return the manifests and payloads of the model and the RoPE that a phase starts from."""
+    model, rope = before(wildcards), trained_rope(wildcards)
+    return {
+        "base": f"{model}.json",
+        "model": ancient(model),
+        "rope": f"{rope}.json",
+        "rope_files": ancient(rope),
+    }
+
+
+def trained_rope(wildcards):
+    """Return the RoPE variant that a phase trains with, without ending."""
+    return f"{RUN}/{phase_name(wildcards)}rope/{rope_of(phase_of(wildcards))}"
 
 
 def as_json(value):
@@ -103,7 +146,7 @@ def rope_settings(wildcards):
         return as_json(
             {"method": "none", "write_config": config["rope"]["write_config"]}
         )
-    settings = dict(config["rope"]) | {"method": wildcards.variant}
+    settings = dict(phase_of(wildcards)["rope"]) | {"method": wildcards.variant}
     if wildcards.variant != "yarn":
         for key in ("beta_fast", "beta_slow", "attention_factor"):
             del settings[key]
@@ -112,7 +155,9 @@ def rope_settings(wildcards):
 
 def request(stage, what):
     """Return a resource of a stage, mem_mb, runtime or gpu, as a function of the attempt."""
-    return lambda wildcards, attempt: requests.request(config, stage, what, attempt)
+    return lambda wildcards, attempt: requests.request(
+        phase_of(wildcards), stage, what, attempt
+    )
 
 
 def inside_image():
@@ -155,13 +200,17 @@ def evaluation_lengths():
 def variant_inputs(wildcards):
     """Return the manifests and payloads of a variant's weights and RoPE.
 
-    An untrained variant is the base's weights with other RoPE settings; the trained one is merged.
+    An untrained variant is the base's weights with other RoPE settings; the trained one is merged, and
+    so is step-<number>, a checkpoint of it.
     """
-    trained = wildcards.variant == "trained"
-    rope = TRAINED_ROPE if trained else wildcards.variant
+    variant = wildcards.variant
+    untrained = variant != "trained" and not variant.startswith("step-")
+    rope = variant if untrained else TRAINED_ROPE
+    merged = "merged" if variant == "trained" else f"{variant}/merged"
+    model = f"{RUN}/base" if untrained else f"{RUN}/{merged}"
     return {
-        "model": f"{RUN}/merged.json" if trained else f"{RUN}/base.json",
-        "weights": ancient(f"{RUN}/merged" if trained else f"{RUN}/base"),
+        "model": f"{model}.json",
+        "weights": ancient(model),
         "rope": f"{RUN}/rope/{rope}.json",
         "rope_files": ancient(f"{RUN}/rope/{rope}"),
     }

@@ -3,18 +3,18 @@
 
 rule merge:
     input:
-        base=f"{RUN}/base.json",
-        model=ancient(f"{RUN}/base"),
-        rope=f"{RUN}/rope/{TRAINED_ROPE}.json",
-        train=f"{RUN}/trained.json",
-        adapter=ancient(f"{RUN}/trained"),
+        unpack(start_of_phase),
+        train=f"{RUN}/{{phase}}trained.json",
+        adapter=ancient(f"{RUN}/{{phase}}trained"),
     output:
-        manifest=f"{RUN}/merged.json",
-        payload=directory(f"{RUN}/merged"),
+        manifest=f"{RUN}/{{phase}}merged.json",
+        payload=directory(f"{RUN}/{{phase}}merged"),
     log:
-        f"{RUN}/logs/merge.log",
+        f"{RUN}/logs/{{phase}}merge.log",
     benchmark:
-        f"{RUN}/benchmarks/merge.tsv"
+        f"{RUN}/benchmarks/{{phase}}merge.tsv"
+    wildcard_constraints:
+        phase="(phase-[0-9]+/|step-[0-9]+/)?",
     threads: config["training"]["threads"]
     resources:
         mem_mb=request("merge", "mem_mb"),

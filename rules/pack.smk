@@ -1,32 +1,39 @@
 """Mix long and short, and pack to full length. In: tokens, RoPE. Out: training sequences."""
 
 
+def mix_options(wildcards):
+    """Return the options of scripts/pack.py."""
+    mix = phase_of(wildcards)["mix"]
+    return " ".join(
+        [
+            unless_null("--sequence-length", mix["sequence_length"]),
+            f"--long-share {mix['long_share']}",
+            unless_null("--token-budget", mix["token_budget"]),
+            "--document-masks" if mix["document_masks"] else "--no-document-masks",
+            f"--seed {mix['seed']}",
+        ]
+    ).strip()
+
+
 rule pack:
     input:
         tokens=f"{RUN}/tokens.json",
         token_files=ancient(f"{RUN}/tokens"),
-        rope=f"{RUN}/rope/{TRAINED_ROPE}.json",
+        rope=lambda wildcards: f"{trained_rope(wildcards)}.json",
     output:
-        manifest=f"{RUN}/pack.json",
-        payload=directory(f"{RUN}/pack"),
+        manifest=f"{RUN}/{{phase}}pack.json",
+        payload=directory(f"{RUN}/{{phase}}pack"),
     log:
-        f"{RUN}/logs/pack.log",
+        f"{RUN}/logs/{{phase}}pack.log",
     benchmark:
-        f"{RUN}/benchmarks/pack.tsv"
+        f"{RUN}/benchmarks/{{phase}}pack.tsv"
     resources:
         mem_mb=request("pack", "mem_mb"),
         runtime=request("pack", "runtime"),
     params:
         code=code("pack"),
-        long_share=config["mix"]["long_share"],
-        budget=unless_null("--token-budget", config["mix"]["token_budget"]),
-        masks=(
-            "--document-masks"
-            if config["mix"]["document_masks"]
-            else "--no-document-masks"
-        ),
-        seed=config["mix"]["seed"],
+        mix=mix_options,
     shell:
         "python scripts/pack.py --tokens {input.tokens} --rope {input.rope}"
-        " --long-share {params.long_share} {params.budget} {params.masks} --seed {params.seed}"
+        " {params.mix}"
         " --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"

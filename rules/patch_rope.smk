@@ -6,12 +6,12 @@ rule patch_rope:
         base=f"{RUN}/base.json",
         model=ancient(f"{RUN}/base"),
     output:
-        manifest=f"{RUN}/rope/{{variant}}.json",
-        payload=directory(f"{RUN}/rope/{{variant}}"),
+        manifest=f"{RUN}/{{phase}}rope/{{variant}}.json",
+        payload=directory(f"{RUN}/{{phase}}rope/{{variant}}"),
     log:
-        f"{RUN}/logs/patch_rope.{{variant}}.log",
+        f"{RUN}/logs/{{phase}}patch_rope.{{variant}}.log",
     benchmark:
-        f"{RUN}/benchmarks/patch_rope.{{variant}}.tsv"
+        f"{RUN}/benchmarks/{{phase}}patch_rope.{{variant}}.tsv"
     resources:
         mem_mb=request("patch_rope", "mem_mb"),
         runtime=request("patch_rope", "runtime"),

@@ -10,22 +10,19 @@ srun, and apptainer inside.
 
 rule train:
     input:
-        base=f"{RUN}/base.json",
-        model=ancient(f"{RUN}/base"),
-        rope=f"{RUN}/rope/{TRAINED_ROPE}.json",
-        rope_files=ancient(f"{RUN}/rope/{TRAINED_ROPE}"),
-        pack=f"{RUN}/pack.json",
-        sequences=ancient(f"{RUN}/pack"),
+        unpack(start_of_phase),
+        pack=f"{RUN}/{{phase}}pack.json",
+        sequences=ancient(f"{RUN}/{{phase}}pack"),
         tokens=f"{RUN}/tokens.json",
         token_files=ancient(f"{RUN}/tokens"),
     output:
-        manifest=f"{RUN}/trained.json",
-        payload=directory(f"{RUN}/trained"),
+        manifest=f"{RUN}/{{phase}}trained.json",
+        payload=directory(f"{RUN}/{{phase}}trained"),
     log:
-        lines=f"{RUN}/logs/train.log",
-        metrics=f"{RUN}/logs/train.metrics.jsonl",
+        lines=f"{RUN}/logs/{{phase}}train.log",
+        metrics=f"{RUN}/logs/{{phase}}train.metrics.jsonl",
     benchmark:
-        f"{RUN}/benchmarks/train.tsv"
+        f"{RUN}/benchmarks/{{phase}}train.tsv"
     priority: 10  # the longest job: start it before the evaluations that can wait
     container:
         TRAINING_IMAGE
@@ -41,12 +38,12 @@ rule train:
         evaluation=evaluation_lengths(),
         inside_image=inside_image(),
         on_every_node=on_every_node(),
-        utilisation=requests.flops_options(config),
+        utilisation=lambda wildcards: requests.flops_options(phase_of(wildcards)),
         # In a job of SLURM the minutes are a limit; on a workstation they are a guess.
         time_limit="--minutes-are-a-limit" if workflow.remote_exec else "",
     params:
         code=code("train"),
-        settings=as_json(config["training"]),
+        settings=lambda wildcards: as_json(phase_of(wildcards)["training"]),
         # What `container:` does by itself: another image trains again.
         image=IMAGE if IN_APPTAINER and not TRAINING_IMAGE else "",
         nodes=NODES,

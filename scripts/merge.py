@@ -56,6 +56,9 @@ def main() -> None:
         files=files,
         facts={
             "directory": arguments.output.name,
+            # What a later phase is trained from; the run's directory tells which model this is.
+            "source": f"{arguments.output.parent.name}/{arguments.output.name}",
+            "revision": None,
             "mode": train["facts"]["mode"],
             "trust_remote_code": base["facts"]["trust_remote_code"],
             "bytes": sum(file.stat().st_size for file in files),

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from longyarn import manifest, packing
-from longyarn.cli import program, require_space
+from longyarn.cli import UserError, program, require_space
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=Path, required=True, help="manifest of the tokens")
     parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
+    parser.add_argument("--sequence-length", type=int, help="tokens; default: the RoPE's length")
     parser.add_argument("--long-share", type=float, required=True, help="share of long sequences")
     parser.add_argument("--token-budget", type=int, help="tokens to pack; default: all there are")
     parser.add_argument(
@@ -33,7 +34,12 @@ def main() -> None:
     tokens = manifest.read(arguments.tokens)
     rope = manifest.read_facts(arguments.rope)
     original = rope["original_max_position_embeddings"]
-    length = rope["max_position_embeddings"]
+    length = arguments.sequence_length or rope["max_position_embeddings"]
+    if length < original:
+        raise UserError(
+            f"mix.sequence_length {length} is shorter than the model's original length {original}, so "
+            "nothing new would be learnt; raise it"
+        )
     stored = load_file(arguments.tokens.parent / next(iter(tokens["files"])))
     documents = tokens["facts"]["documents"]
     training = [number for number, d in enumerate(documents) if not d["held_out"]]
@@ -75,6 +81,7 @@ def main() -> None:
         arguments.manifest,
         script=Path(__file__),
         settings={
+            "sequence_length": arguments.sequence_length,
             "long_share": arguments.long_share,
             "token_budget": arguments.token_budget,
             "document_masks": arguments.document_masks,

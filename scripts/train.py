@@ -8,10 +8,8 @@ really hide one piece from the next.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 from longyarn import adapters, attempts, engine, losses, manifest, models
@@ -141,7 +139,7 @@ def main() -> None:
             arguments.manifest,
             script=Path(__file__),
             settings=settings,
-            inputs={"base": arguments.base, "rope": arguments.rope, "pack": arguments.pack},
+            inputs=inputs_of(arguments),
             files=files,
             facts=facts,
         )
@@ -149,21 +147,18 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
+def inputs_of(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Return the manifests of what a run is made from."""
+    return {name: getattr(arguments, name) for name in ("base", "rope", "pack")}
+
+
 def begin(arguments: argparse.Namespace) -> tuple[Path, Path]:
-    """Return the run's work directory, which has all that defines the run for a name, and an attempt.
+    """Return the run's work directory and that of a new attempt in it.
 
     Refuses to begin anew what stands half done under another placement.
     """
-    whole = engine.identity(arguments.settings) | {
-        "base": manifest.sha256(arguments.base),
-        "rope": manifest.sha256(arguments.rope),
-        "pack": manifest.sha256(arguments.pack),
-        "code": manifest.code_hash(Path(__file__)),
-        # Two runs that differ in their evaluation alone must not take each other for an attempt.
-        "run": str(arguments.manifest),
-    }
-    name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
-    work = arguments.work / name
+    whole = engine.identity(arguments.settings, inputs_of(arguments), arguments.manifest)
+    work = attempts.directory(arguments.work, whole)
     if other := attempts.other_placement(work, whole):
         raise UserError(
             f"{other.work} holds step {other.steps} of this very run, made with "
@@ -217,21 +212,10 @@ def load(arguments: argparse.Namespace, base: dict):
 
 
 def publish(arguments, staged: Path, model, base: dict, settings: dict) -> None:
-    """Copy what was trained from the work directory to the run's payload, checked.
-
-    Only safetensors and JSON: the Trainer's pickled arguments stay behind.
-    """
+    """Copy what was trained from the work directory to the run's payload, checked."""
     with manifest.new_directory(arguments.output) as directory:
-        for file in [*staged.glob("*.safetensors"), *staged.glob("*.index.json")]:
-            shutil.copyfile(file, directory / file.name)
+        adapters.copy_trained(staged, directory, settings["mode"], base["facts"])
         if settings["mode"] == "lora":
-            record = manifest.read_json(staged / "adapter_config.json")
-            # PEFT notes the path it loaded from; the source is what means something elsewhere.
-            record["base_model_name_or_path"] = base["facts"]["source"]
-            record["revision"] = base["facts"]["revision"]
-            for key in ("target_modules", "modules_to_save"):
-                record[key] = sorted(record[key]) if record[key] else record[key]
-            manifest.write_json(directory / "adapter_config.json", record)
             adapters.check_saved(directory, adapters.trained_shapes(model))
         elif not models.tensor_files(directory):
             raise UserError("training saved no weights; see the log above")

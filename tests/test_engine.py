@@ -119,7 +119,7 @@ def test_rslora_scales_by_the_root_of_the_rank(runs, tmp_path):
         (
             False,
             {"sp_size": 3, "nodes": 3, "batch_size": 3, "zero_stage": 3},
-            "target_length 128 cannot be shared",
+            "sequences of 128 tokens cannot be shared",
         ),
         (True, {"loss": "liger"}, "liger needs a GPU"),
         (True, {"offload": "all"}, "set training.zero_stage to 3"),

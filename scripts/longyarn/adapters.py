@@ -1,7 +1,9 @@
 """What is trained: which matrices get a LoRA adapter, and what is trained whole beside them."""
 
+import shutil
 from pathlib import Path
 
+from longyarn import manifest
 from longyarn.cli import UserError
 
 
@@ -49,6 +51,24 @@ def attach(model, settings: dict):
 def leaf(model, module) -> str:
     """Return the last part of a submodule's name."""
     return next(n for n, part in model.named_modules() if part is module).rpartition(".")[2]
+
+
+def copy_trained(source: Path, directory: Path, mode: str, base: dict) -> None:
+    """Copy what was trained, adapter or all weights, from where the Trainer saved it.
+
+    ``base`` are the facts of the model that it was trained from. Only safetensors and JSON: the
+    Trainer's pickled arguments stay behind.
+    """
+    for file in [*source.glob("*.safetensors"), *source.glob("*.index.json")]:
+        shutil.copyfile(file, directory / file.name)
+    if mode == "lora":
+        record = manifest.read_json(source / "adapter_config.json")
+        # PEFT notes the path it loaded from; the source is what means something elsewhere.
+        record["base_model_name_or_path"] = base["source"]
+        record["revision"] = base["revision"]
+        for key in ("target_modules", "modules_to_save"):
+            record[key] = sorted(record[key]) if record[key] else record[key]
+        manifest.write_json(directory / "adapter_config.json", record)
 
 
 def trained_shapes(model) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,8 @@ replaced, and stops: a fencing token, with no lock that a crash could leave behi
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,6 +22,12 @@ from longyarn import manifest
 MARKER = "whole.json"
 IDENTITY = "identity.json"
 CHECKPOINTS_KEPT = 2  # of each attempt; last_checkpoint says why not one
+
+
+def directory(root: Path, identity: dict) -> Path:
+    """Return a run's work directory, which has a hash of all that defines the run for a name."""
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return root / name
 
 
 def claim(work: Path) -> Path:

@@ -5,6 +5,11 @@ from longyarn.cli import UserError
 LOSS_CHUNK = 1024  # positions whose logits the chunked loss holds at once
 
 
+def sequence_length(config: dict) -> int:
+    """Return the tokens of a training sequence."""
+    return config["mix"]["sequence_length"] or config["rope"]["target_length"]
+
+
 def processes(training: dict) -> int:
     """Return the number of training processes: one a GPU, or one a machine without GPUs."""
     return training["nodes"] * max(1, training["gpus"])

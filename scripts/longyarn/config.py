@@ -28,6 +28,8 @@ Validator = jsonschema.validators.extend(
     ),
 )
 
+OF_THE_RUN = ("nodes", "gpus", "threads")  # of section training; a phase has no machines of its own
+
 TYPES = {
     "object": "a mapping",
     "array": "a list",
@@ -43,13 +45,57 @@ def complete(config: dict, schema_path: Path) -> dict:
     """Return ``config`` with every default of the schema filled in, or raise one clear sentence."""
     schema = yaml.safe_load(Path(schema_path).read_text(encoding="utf-8"))
     filled = _with_defaults(config, schema)
+    _validate(filled, schema)
+    check(filled)
+    for name, phase in phases(filled).items():
+        if name:
+            try:
+                _check_phase(phase, filled, schema)
+            except UserError as error:
+                raise UserError(f"in {name.strip('/')} of config key 'phases': {error}") from None
+    return filled
+
+
+def phases(config: dict) -> dict[str, dict]:
+    """Return the whole configuration of each phase by its directory below the run's, in order.
+
+    The last one is the run itself, without a directory of its own: its name is empty.
+    """
+    alone = config | {"phases": []}
+    found = {
+        f"phase-{number}/": _merged(alone, changes)
+        for number, changes in enumerate(config["phases"], start=1)
+    }
+    return found | {"": config}
+
+
+def _merged(config: dict, changes: dict) -> dict:
+    """Return a configuration with changes in it, key by key."""
+    both = config.keys() & changes.keys()
+    inner = {
+        key: _merged(config[key], changes[key])
+        for key in both
+        if isinstance(config[key], dict) and isinstance(changes[key], dict)
+    }
+    return config | changes | inner
+
+
+def _check_phase(phase: dict, run: dict, schema: dict) -> None:
+    _validate(phase, schema)
+    check_training(phase)
+    for key in OF_THE_RUN:
+        if phase["training"][key] != run["training"][key]:
+            raise UserError(
+                f"training.{key} is that of the whole run, {run['training'][key]}; take it out"
+            )
+
+
+def _validate(filled: dict, schema: dict) -> None:
     # An unknown key comes first, because a misspelt one often is missing too.
     first = jsonschema.exceptions.by_relevance(strong={"additionalProperties"})
     error = jsonschema.exceptions.best_match(Validator(schema).iter_errors(filled), key=first)
     if error is not None:
         raise UserError(_sentence(error))
-    check(filled)
-    return filled
 
 
 def _with_defaults(value, schema: dict):
@@ -149,7 +195,18 @@ def check(config: dict) -> None:
             f"evaluation.perplexity.tokens_per_document {perplexity['tokens_per_document']} is less than "
             f"the longest length {max(perplexity['lengths'])}; raise it"
         )
-    rope = config["rope"]
+    check_training(config)
+
+
+def check_training(config: dict) -> None:
+    """Refuse what contradicts itself in the sections that a phase can change."""
+    rope, target = config["rope"], config["rope"]["target_length"]
+    length = batches.sequence_length(config)
+    if length > target:
+        raise UserError(
+            f"mix.sequence_length {length} is longer than rope.target_length {target}; lower it, or "
+            "leave it null"
+        )
     stated, factor = rope["original_max_position_embeddings"], rope["factor"]
     if stated and factor and abs(stated * factor - target) > 0.5:
         raise UserError(
@@ -194,7 +251,7 @@ def check(config: dict) -> None:
 
 def check_sharing(config: dict) -> None:
     """Refuse sequences shared by processes (sp_size) where what runs would not be what is meant."""
-    training, target = config["training"], config["rope"]["target_length"]
+    training, length = config["training"], batches.sequence_length(config)
     count, attention = training["sp_size"], training["attention"]
     if count == 1:
         return
@@ -216,7 +273,7 @@ def check_sharing(config: dict) -> None:
             f"training.sp_size {count} needs training.zero_stage 3; the lower stages give gradients that "
             "are sp_size times too large"
         )
-    if target % count:
+    if length % count:
         raise UserError(
-            f"rope.target_length {target} cannot be shared by training.sp_size {count}; choose a divisor"
+            f"sequences of {length} tokens cannot be shared by training.sp_size {count}; choose a divisor"
         )

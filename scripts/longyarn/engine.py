@@ -19,10 +19,12 @@ OBSERVING = ("logging_steps", "save_steps", "save_minutes", "held_out_steps", "r
 PLACEMENT = ("nodes", "gpus", "zero_stage", "sp_size", "offload", "threads")
 
 
-def identity(settings: dict) -> dict:
-    """Return what of config section `training` defines a run, its ``placement`` apart.
+def identity(settings: dict, inputs: dict[str, Path], trained: Path) -> dict:
+    """Return what defines a run, its ``placement`` apart: settings, code, inputs and the run's name.
 
-    Under a constant learning rate the number of steps does not: more steps go on from a finished run.
+    ``settings`` are config section `training`, ``inputs`` the manifests of base, RoPE and pack,
+    ``trained`` the one to be written. Under a constant learning rate the number of steps defines
+    nothing: more steps go on from a finished run.
     """
     apart = {*OBSERVING, *PLACEMENT}
     if settings["scheduler"] == "constant_with_warmup":
@@ -30,7 +32,10 @@ def identity(settings: dict) -> dict:
     return {
         "settings": {key: value for key, value in settings.items() if key not in apart},
         "placement": {key: settings[key] for key in PLACEMENT},
-    }
+        "code": manifest.code_hash(Path(__file__).parents[1] / "train.py"),
+        # Two runs that differ in their evaluation alone must not take each other for an attempt.
+        "run": str(trained),
+    } | {name: manifest.sha256(path) for name, path in inputs.items()}
 
 
 def require_packages(settings: dict) -> None:

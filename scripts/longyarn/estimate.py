@@ -48,7 +48,7 @@ class Setup:
         """Return the setup of a whole configuration."""
         training = config["training"]
         return cls(
-            length=config["rope"]["target_length"],
+            length=batches.sequence_length(config),
             micro_batch=training["micro_batch_size"],
             processes=batches.processes(training),
             document_masks=config["mix"]["document_masks"],
@@ -244,7 +244,7 @@ def training_tokens(config: dict) -> int | None:
     """Return the tokens that training reads, or None where only the corpus tells: epochs of all."""
     training, budget = config["training"], config["mix"]["token_budget"]
     if training["steps"] is not None:
-        return training["steps"] * training["batch_size"] * config["rope"]["target_length"]
+        return training["steps"] * training["batch_size"] * batches.sequence_length(config)
     return None if budget is None else round(training["epochs"] * budget)
 
 

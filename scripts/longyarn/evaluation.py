@@ -27,15 +27,15 @@ def load(arguments: argparse.Namespace):
     import torch
 
     set_up_torch(arguments.threads)
-    facts = manifest.read(arguments.model)["facts"]
+    weights = manifest.read(arguments.model)
     try:
         model = models.load_model(
             model_directory(arguments),
             arguments.rope,
             dtype=arguments.precision,
             attention=arguments.attention,
-            own_config=arguments.variant == "trained",
-            trust_remote_code=facts["trust_remote_code"],
+            own_config=weights["stage"] == "merge",
+            trust_remote_code=weights["facts"]["trust_remote_code"],
         )
     except ImportError as error:
         raise UserError(

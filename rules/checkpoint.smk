@@ -1,0 +1,30 @@
+"""Take what was trained by some step out of a checkpoint. In: what training takes. Out: as from training.
+
+For a look at a run while it trains (docs/training.md): nothing else asks for it. The checkpoint itself
+is no input, because it lies in the work directory and makes room for later ones.
+"""
+
+
+rule checkpoint:
+    input:
+        unpack(start_of_phase),
+        pack=f"{RUN}/pack.json",
+    output:
+        manifest=f"{RUN}/step-{{step}}/trained.json",
+        payload=directory(f"{RUN}/step-{{step}}/trained"),
+    log:
+        f"{RUN}/logs/step-{{step}}/checkpoint.log",
+    benchmark:
+        f"{RUN}/benchmarks/step-{{step}}/checkpoint.tsv"
+    resources:
+        mem_mb=request("checkpoint", "mem_mb"),
+        runtime=request("checkpoint", "runtime"),
+    params:
+        code=code("checkpoint"),
+        settings=as_json(config["training"]),
+        work=config["paths"]["work"],
+        trained=f"{RUN}/trained.json",
+    shell:
+        "python scripts/checkpoint.py --base {input.base} --rope {input.rope} --pack {input.pack}"
+        " --settings {params.settings} --work {params.work:q} --trained {params.trained}"
+        " --step {wildcards.step} --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"
