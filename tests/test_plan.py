@@ -272,11 +272,9 @@ def test_what_cannot_fit_is_refused_and_the_advice_fits(workspace, case):
     assert "sbatch" not in done.stdout
     said = one_sentence(done.stderr)
     assert said.rpartition(" with ")[2] == ", ".join(changes), said
-    config = configuration(overrides)
-    for change in changes:
-        key, value = change.split(" ")
-        config = plan.apply(config, [{key: yaml.safe_load(value)}])
-    plan.check_fit(config)
+    stated = (change.split(" ") for change in changes)
+    mend = {key: yaml.safe_load(value) for key, value in stated}
+    plan.check_fit(plan.apply(configuration(overrides), [mend]))
 
 
 def test_where_nothing_helps_it_says_so():
