@@ -56,6 +56,10 @@ def prepare(directory: Path) -> None:
     """Write both sides' inputs: a model directory, the token ids as each side reads them."""
     shutil.copytree(RUN / "base", directory / "model")
     shutil.copyfile(RUN / "rope/yarn/config.json", directory / "model/config.json")
+    # Their collator makes no label of the padding token, which is the base's end of document.
+    tokenizer = directory / "model/tokenizer_config.json"
+    words = json.loads(tokenizer.read_text(encoding="utf-8")) | {"pad_token": "<pad>"}
+    tokenizer.write_text(json.dumps(words), encoding="utf-8")
     pack = json.loads((RUN / "pack.json").read_text(encoding="utf-8"))
     ids = load_file(RUN / next(iter(pack["files"])))["input_ids"][: 2 * training_speed.STEPS]
     small_runs.write_pack(directory, ids.astype("int32"), document_masks=False)
