@@ -139,7 +139,7 @@ def measure() -> dict:
             stage = small_runs.train_command(directory, output, training, rope="rope/yarn.json")
             ours, our_losses = training_speed.steps(stage)
             other, other_losses = training_speed.steps(
-                [python, "-u", "-c", TRAIN, settings, training["threads"]], THEIR_LINE
+                [python, "-P", "-u", "-c", TRAIN, settings, training["threads"]], THEIR_LINE
             )
             # They divide by all tokens, we by those that have one before them.
             if abs(our_losses[0] * (1 - 1 / length) - other_losses[0]) > 1e-3:
