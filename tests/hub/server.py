@@ -15,15 +15,16 @@ import hashlib
 import http.server
 import json
 import re
+import socket
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 DATE = "2026-01-01T00:00:00.000Z"
+PIECE = 1 << 16  # bytes
 LARGE = (".safetensors", ".parquet", ".bin", ".gz", ".zst", ".arrow")
 
 
@@ -90,6 +91,7 @@ class Fault:
     after: int | None = None  # cut the connection after so many bytes of an answer
     byte: int | None = None  # the position of a byte that is turned over
     grow: int = 0  # so many bytes more than the record says, or fewer
+    delay: float = 0.0  # seconds before each piece of 64 KiB, so that a test can step in
 
 
 @dataclass
@@ -110,7 +112,6 @@ class Hub:
 
     def __init__(self, page: int = 1000) -> None:
         self.page = page  # entries of a tree in one answer
-        self.delay = 0.0  # seconds before each piece of 64 KiB, so that a test can step in
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.tokens: set[str] = set()
         self.faults: dict[str, Fault] = {}
@@ -174,6 +175,10 @@ class Hub:
     def resize(self, file: str, grow: int) -> None:
         """Send so many bytes more, or fewer, than the record says."""
         self.faults[file] = Fault(10**9, grow=grow)
+
+    def slow(self, file: str, delay: float) -> None:
+        """Wait so many seconds before each piece of 64 KiB of the file."""
+        self.faults[file] = Fault(10**9, delay=delay)
 
     def heal(self) -> None:
         """End all faults."""
@@ -379,7 +384,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def send_file(self, blob: Blob, headers: dict | None = None) -> None:
         """Send a file or the range of it that is asked for, with whatever fault is set for it."""
-        content, after = self.spoilt(blob)
+        content, fault = self.spoilt(blob)
         headers = {"ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"} | (headers or {})
         status, start, stop = 200, 0, len(content)
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.record.range or ""):
@@ -392,10 +397,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
         if self.command != "HEAD":
             self.record.file = blob.name
-        self.send(status, content[start:stop], headers, after)
+        self.send(status, content[start:stop], headers, fault)
 
-    def spoilt(self, blob: Blob) -> tuple[bytes, int | None]:
-        """Return the content to send and after how many bytes to cut, by the fault set for the file."""
+    def spoilt(self, blob: Blob) -> tuple[bytes, Fault | None]:
+        """Return the content to send, and the fault that is set for the file."""
         with self.hub.lock:
             fault = self.hub.faults.get(blob.name)
             if fault is None or fault.times < 1 or self.command == "HEAD":
@@ -405,7 +410,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if fault.byte is not None:
             content[fault.byte] ^= 0xFF
         content = content[: fault.grow] if fault.grow < 0 else content + bytes(fault.grow)
-        return bytes(content), fault.after
+        return bytes(content), fault
 
     # The wire.
 
@@ -413,8 +418,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         headers = {"Content-Type": "application/json"} | (headers or {})
         self.send(200, json.dumps(value).encode(), headers)
 
-    def send(self, status: int, content: bytes, headers: dict, after: int | None = None) -> None:
-        """Send an answer; with ``after``, promise all of it and cut the connection after that much."""
+    def send(self, status: int, content: bytes, headers: dict, fault: Fault | None = None) -> None:
+        """Send an answer; a fault may cut it after a part, or send it slowly."""
         self.record.status = status
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(content))}).items():
@@ -422,15 +427,13 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        for piece in self.pieces(content[:after]):
-            self.wfile.write(piece)
-            self.record.sent += len(piece)
-        if after is not None and after < len(content):
+        fault = fault or Fault(0)
+        sent = content[: fault.after]
+        for start in range(0, len(sent), PIECE):
+            time.sleep(fault.delay)
+            self.wfile.write(sent[start : start + PIECE])
+            self.record.sent += len(sent[start : start + PIECE])
+        if len(sent) < len(content):
             self.close_connection = True
             with suppress(OSError):
-                self.connection.shutdown(2)
-
-    def pieces(self, content: bytes) -> Iterator[bytes]:
-        for start in range(0, len(content), 1 << 16):
-            time.sleep(self.hub.delay)
-            yield content[start : start + (1 << 16)]
+                self.connection.shutdown(socket.SHUT_RDWR)
