@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import chunked_loss
+import llamafactory
 import training_speed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,11 @@ def measured(name: str, goal: str, module, show: Callable[[float], str]) -> dict
     }
 
 
+def tokens_a_second(rate: float) -> str:
+    """Write a figure of training speed."""
+    return f"{rate:.0f} tokens/s"
+
+
 def machine() -> str:
     """Return a line about this machine."""
     model = platform.processor() or platform.machine()
@@ -78,10 +84,12 @@ def main() -> None:
             chunked_loss,
             lambda size: f"{size / 2**30:.2f} GiB",
         ),
-        measured(
-            "train_vs_bare_loop", ">= 0.95", training_speed, lambda rate: f"{rate:.0f} tokens/s"
-        ),
+        measured("train_vs_bare_loop", ">= 0.95", training_speed, tokens_a_second),
     ]
+    try:
+        results.append(measured("train_vs_llamafactory", ">= 1.1", llamafactory, tokens_a_second))
+    except llamafactory.NotInstalled as reason:
+        print(f"train_vs_llamafactory: not measured, LLaMA-Factory cannot be installed: {reason}")
     for row in results:
         print(f"{row['name']:30} {row['ratio']:8.3f}  goal {row['goal']:8}", end="")
         print(f" ours {row['ours']:10} other {row['other']:10} {row['command']}")

@@ -7,7 +7,7 @@ measured on a CPU; on a GPU it is unproved.
 
 from dataclasses import dataclass, field
 
-from longyarn import attempts, batches
+from longyarn import batches
 from longyarn.shapes import Shape
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a number
@@ -20,6 +20,10 @@ CUDA_CONTEXT = 1 * GIB  # CUDA, cuBLAS and NCCL themselves: an allowance, not me
 EVALUATED_AT_ONCE = 16384  # tokens of prompts in a forward pass of scripts/passkey.py
 LOGITS_AT_ONCE = 1024  # positions of logits that scripts/perplexity.py holds
 TEXT_PER_TOKEN = 5  # bytes of text, about; English has 4 to 5
+
+
+# Parts of what is written to disk that each phase of the extension has of its own.
+OF_EACH_PHASE = ("packed sequences", "checkpoints", "what is trained", "merged model")
 
 
 @dataclass(frozen=True)
@@ -270,7 +274,7 @@ def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float
         "corpus": packed * TEXT_PER_TOKEN,
         "tokens": packed * 4,
         "packed sequences": packed * 4,
-        "checkpoints": attempts.CHECKPOINTS_KEPT * checkpoint + width * trained,
+        "checkpoints": training["save_total_limit"] * checkpoint + width * trained,
         "what is trained": width * trained,
         "merged model": base,
     }
