@@ -15,7 +15,8 @@ import passkey
 import patch_rope
 import perplexity
 import tokenise
-from longyarn import manifest
+from longyarn import manifest, models
+from longyarn.cli import UserError
 
 # RoPE: models and settings that the stage patch_rope refuses
 
@@ -258,6 +259,25 @@ def instrument(directory, attention="sdpa") -> list:
 
 
 PASSKEY = ["--depths", 0.5, "--trials", 1, "--digits", 5, "--seed", 0]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tiny, tmp_path):
+    """A token added without an embedding would stop training at the first document that has it."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    added = dict(tokenizer["added_tokens"][0]) | {"id": size, "content": "<one more>"}
+    tokenizer["added_tokens"].append(added)
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError) as error:
+        models.load_tokenizer(model, False)
+    assert f"has the token '<one more>' with the number {size}" in str(error.value)
+    assert f"the model's vocabulary ends at {size - 1} (vocab_size {size} in config.json)" in str(
+        error.value
+    )
+    # Embeddings are often padded, so fewer tokens are no mistake.
+    edit_json(model / "config.json", vocab_size=size + 64)
+    assert len(models.load_tokenizer(model, False)) == size + 1
 
 
 def test_a_passkey_length_that_is_too_short(evaluated):

@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import math
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +19,9 @@ if __name__ == "__main__":
 
 import numpy as np
 import pytest
+import torch
 
+import merge
 import patch_rope
 from longyarn import manifest, models
 from longyarn.cli import program
@@ -78,11 +81,16 @@ def published(name: str) -> dict:
     return json.loads((FAMILIES / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def outcome(name: str, settings: dict, directory: Path) -> tuple[dict | None, str]:
-    """Run patch_rope on a model's config; return its facts, or None, and what it said."""
+def outcome(
+    name: str, settings: dict, directory: Path, config: Path | None = None
+) -> tuple[dict | None, str]:
+    """Run patch_rope on a model's config; return its facts, or None, and what it said.
+
+    ``config``: a file in place of the published one.
+    """
     base = directory / "base"
     base.mkdir(parents=True)
-    (base / "config.json").write_text(json.dumps(published(name)), encoding="utf-8")
+    shutil.copyfile(config or FAMILIES / f"{name}.json", base / "config.json")
     manifest.write(
         directory / "base.json", script=ROOT / "scripts" / "download_model.py", settings={},
         inputs={}, files=[base / "config.json"],
@@ -333,6 +341,72 @@ def test_another_start_than_the_scalings_own(tmp_path):
     facts, said = outcome("llama-3.1-8b", yarn(settings), tmp_path / "run")
     assert facts is None
     assert "131072 is not the length 8192 that the model's own scaling of type 'llama3'" in said
+
+
+# Small models of two families, built and run.
+
+
+def small(name: str, directory: Path, settings: dict, **sizes):
+    """Make a random model of a family, run patch_rope on it, and load it as later stages do."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "vocab_size": 64,
+    } | sizes
+    config = published(name) | sizes | {"num_attention_heads": 2}
+    if "num_key_value_heads" in config:
+        config["num_key_value_heads"] = 2
+    config = AutoConfig.for_model(**config)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory / "weights")
+    facts, said = outcome(name, settings, directory / "run", directory / "weights" / "config.json")
+    assert facts is not None, said
+    model = models.load_model(
+        directory / "weights", directory / "run" / "rope.json", dtype="fp32", attention="sdpa"
+    )
+    return model.eval(), facts
+
+
+def sees(model, distance: int) -> bool:
+    """Tell whether a token has an influence on the logits of another, so many tokens later."""
+    tokens = torch.randint(0, 64, (1, distance + 1), generator=torch.Generator().manual_seed(1))
+    other = tokens.clone()
+    other[0, 0] = (other[0, 0] + 1) % 64
+    with torch.no_grad():
+        first, second = (model(input_ids=t, use_cache=False).logits[0, -1] for t in (tokens, other))
+    return not torch.equal(first, second)
+
+
+def test_a_lifted_window_is_lifted(tmp_path):
+    """One layer, so that nothing is passed on; the base keeps its window, a merged model has none."""
+    settings = {"method": "yarn", "target_length": 128}
+    sizes = {"sliding_window": 16, "max_position_embeddings": 32}
+    base, _ = small("mistral-7b-v0.1", tmp_path / "base", {"method": "none"}, **sizes)
+    assert sees(base, 15)
+    assert not sees(base, 16)
+    for write in (True, False):
+        directory = tmp_path / f"full-{write}"
+        model, facts = small(
+            "mistral-7b-v0.1", directory, settings | FULL | {"write_config": write}, **sizes
+        )
+        assert sees(model, 16)
+        assert sees(model, 100)
+    (tmp_path / "merged").mkdir()
+    merge.copy_rest(directory / "weights", tmp_path / "merged", facts)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["sliding_window"] is None
+
+
+def test_partial_rotation_in_a_built_model(tmp_path):
+    """load_model compares what is built with the manifest: 8 of 32 dimensions."""
+    model, facts = small(
+        "pythia-1.4b", tmp_path, yarn({"target_length": 4096}), max_position_embeddings=512
+    )
+    assert facts["rotary_dim"] == 8
+    assert model.gpt_neox.rotary_emb.inv_freq.shape == (4,)
+    assert sees(model, 100)
 
 
 def test_the_document_is_up_to_date():
