@@ -325,6 +325,22 @@ def test_a_cut_is_mended_within_one_run(hub, repository, shards, tmp_path):
     check(tmp_path, shards, repository.commit)
 
 
+def test_a_connection_that_stays_cut(hub, repository, shards, tmp_path):
+    """The client gives up after five attempts; the next run brings only what is missing."""
+    cut = tensors(shards)[-1].name
+    hub.cut(cut, after=1000, times=100)
+    sentence = hub_refusal(from_hub(hub, tmp_path, repository.commit), tmp_path)
+    assert (
+        f"the hub did not give an/model at {repository.commit} (peer closed connection" in sentence
+    )
+    assert "what came whole is kept, so run again" in sentence
+    hub.heal()
+    hub.requests.clear()
+    assert from_hub(hub, tmp_path, repository.commit).returncode == 0
+    check(tmp_path, shards, repository.commit)
+    assert {request.file for request in hub.requests if request.sent and request.file} == {cut}
+
+
 def test_a_killed_download_keeps_what_came_whole(hub, repository, shards, tmp_path):
     """The last shard comes slowly; once the others are here the process is killed."""
     slow = tensors(shards)[-1]

@@ -201,7 +201,9 @@ it. That is the level of proof: the configuration and its frequencies, which mus
   sentence says what to do, in the preflight already. The token is in no manifest and no log.
 - **Without a network** (or with `HF_HUB_OFFLINE=1`) what the cache has whole is used, and checked by the
   hashes that the hub gave when it was downloaded.
-- `HF_ENDPOINT` names another hub; the tests use one of their own (`tests/hub`).
+- `HF_ENDPOINT` names another hub; the tests use one of their own (`tests/hub`), over plain HTTP. What the
+  client does for files that the hub has in Xet storage is its own, and was not tried here; nor was a download
+  from huggingface.co.
 
 A tokenizer with a token beyond the model's `vocab_size` is refused when it is loaded, before training.
 

@@ -134,7 +134,8 @@ def bring(found: Found, code: bool) -> Path:
             )
 
     snapshot = fetch([*SMALL, *(CODE if code else ())])
-    check_hashes(found, sorted(file for file in snapshot.iterdir() if file.suffix != TENSORS))
+    here = (file for file in snapshot.iterdir() if file.name in found.files)
+    check_hashes(found, sorted(file for file in here if file.suffix != TENSORS))
     tensors = [snapshot / "model.safetensors"]
     if (snapshot / "model.safetensors.index.json").exists():
         tensors = models.tensor_files(snapshot)
