@@ -8,7 +8,6 @@ neither side has them here. It needs older libraries and so an environment of it
 
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -139,13 +138,7 @@ def measure() -> dict:
             if abs(our_losses[0] - other_losses[0]) > 1e-3:
                 raise SystemExit(f"error: first losses differ: {our_losses} against {other_losses}")
             pairs.append((ours, other))
-    tokens = json.loads((RUN / "pack.json").read_text())["facts"]["sequence_length"]
-    tokens *= training["batch_size"]
-    return {
-        "ours": statistics.median(tokens / a for a, _ in pairs),
-        "other": statistics.median(tokens / b for _, b in pairs),
-        "ratio": statistics.median(b / a for a, b in pairs),
-    }
+    return training_speed.rates(pairs, training["batch_size"])
 
 
 if __name__ == "__main__":

@@ -60,8 +60,12 @@ def measure() -> dict:
         if any(abs(a - b) > 2e-4 for a, b in zip(our_losses, other_losses, strict=True)):
             raise SystemExit(f"error: losses differ: {our_losses} against {other_losses}")
         pairs.append((ours, other))
-    tokens = json.loads((RUN / "pack.json").read_text())["facts"]["sequence_length"]
-    tokens *= training["batch_size"]
+    return rates(pairs, training["batch_size"])
+
+
+def rates(pairs: list[tuple[float, float]], batch_size: int) -> dict:
+    """Return the medians of tokens a second and of their ratio, of pairs of seconds a step."""
+    tokens = json.loads((RUN / "pack.json").read_text())["facts"]["sequence_length"] * batch_size
     return {
         "ours": statistics.median(tokens / a for a, _ in pairs),
         "other": statistics.median(tokens / b for _, b in pairs),

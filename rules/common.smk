@@ -197,6 +197,20 @@ def evaluation_lengths():
     )
 
 
+def mix_options(wildcards):
+    """Return the options of scripts/pack.py."""
+    mix = phase_of(wildcards)["mix"]
+    return " ".join(
+        [
+            unless_null("--sequence-length", mix["sequence_length"]),
+            f"--long-share {mix['long_share']}",
+            unless_null("--token-budget", mix["token_budget"]),
+            "--document-masks" if mix["document_masks"] else "--no-document-masks",
+            f"--seed {mix['seed']}",
+        ]
+    ).strip()
+
+
 def variant_inputs(wildcards):
     """Return the manifests and payloads of a variant's weights and RoPE.
 

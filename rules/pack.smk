@@ -1,20 +1,6 @@
 """Mix long and short, and pack to full length. In: tokens, RoPE. Out: training sequences."""
 
 
-def mix_options(wildcards):
-    """Return the options of scripts/pack.py."""
-    mix = phase_of(wildcards)["mix"]
-    return " ".join(
-        [
-            unless_null("--sequence-length", mix["sequence_length"]),
-            f"--long-share {mix['long_share']}",
-            unless_null("--token-budget", mix["token_budget"]),
-            "--document-masks" if mix["document_masks"] else "--no-document-masks",
-            f"--seed {mix['seed']}",
-        ]
-    ).strip()
-
-
 rule pack:
     input:
         tokens=f"{RUN}/tokens.json",
