@@ -8,7 +8,6 @@ int64 (documents + 1,).
 import argparse
 import difflib
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from longyarn import manifest, models
 from longyarn.cli import UserError, program, progress
+from longyarn.documents import read_shards
 
 DOCUMENTS_AT_ONCE = 16  # the tokenizer takes documents of a group in parallel
 
@@ -33,13 +33,14 @@ def main() -> None:
 
     base = manifest.read(arguments.base)
     corpus = manifest.read(arguments.corpus)
-    check_held_out(arguments.held_out, corpus["facts"]["ids"])
+    check_held_out(
+        arguments.held_out, [document["id"] for document in read_shards(arguments.corpus)]
+    )
     model_directory = arguments.base.parent / base["facts"]["directory"]
     tokenizer = models.load_tokenizer(model_directory, base["facts"]["trust_remote_code"])
 
     documents, pieces = [], []
-    source = arguments.corpus.parent / next(iter(corpus["files"]))
-    groups = in_groups(read_lines(source), DOCUMENTS_AT_ONCE)
+    groups = in_groups(read_shards(arguments.corpus), DOCUMENTS_AT_ONCE)
     total = math.ceil(corpus["facts"]["documents"] / DOCUMENTS_AT_ONCE)
     for group in progress(groups, total, "tokenise"):
         encoded = encode(tokenizer, [document["text"] for document in group])
@@ -104,16 +105,6 @@ def in_groups(items: Iterator[dict], size: int) -> Iterator[list[dict]]:
     """Yield lists of up to ``size`` items."""
     while group := list(itertools.islice(items, size)):
         yield group
-
-
-def read_lines(path: Path) -> Iterator[dict]:
-    """Yield the documents of a JSON Lines file."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error}); rebuild it") from None
 
 
 if __name__ == "__main__":
