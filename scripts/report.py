@@ -108,9 +108,7 @@ def assemble(manifests: dict[str, dict], hashes: dict[str, str], trained_rope: s
                 "factor": rope["factor"],
                 "variants": of["patch_rope"],
             },
-            "corpus": {
-                key: value for key, value in facts["download_corpus"].items() if key != "ids"
-            } | {"tokens": facts["tokenise"]["tokens"]},
+            "corpus": facts["download_corpus"] | {"tokens": facts["tokenise"]["tokens"]},
             "held_out": held_out(facts["tokenise"], shown.perplexity),
             "mix": mix(pack),
             "training": train,

@@ -240,7 +240,7 @@ def evaluated(tmp_path):
         settings={},
         inputs={},
         files=[tmp_path / "corpus" / "documents.jsonl"],
-        facts={"documents": 2, "ids": ["books/held", "books/train"]},
+        facts={"documents": 2},
     )
     run(
         tokenise, "--base", tmp_path / "base.json", "--corpus", tmp_path / "corpus.json",

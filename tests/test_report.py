@@ -217,7 +217,7 @@ class Run:
             "directory": "base", "source": "/models/tiny", "revision": None, "bytes": 10,
             "trust_remote_code": False, "model_type": "llama",
         }, {"source": "/models/tiny", "revision": None})  # fmt: skip
-        self.write("corpus", "download_corpus", {"documents": 7, "characters": 70, "ids": ["x"]})
+        self.write("corpus", "download_corpus", {"documents": 7, "characters": 70})
         plain = [1 / 10000 ** (i / 8) for i in range(8)]
         for name in ("base", "yarn"):
             factor = 1.0 if name == "base" else 8.0
@@ -415,7 +415,7 @@ def test_the_report_copes_with_fewer_variants(tmp_path, variants):
 
 def test_manifests_of_different_runs_are_noticed(tmp_path):
     run = Run(tmp_path)
-    run.write("corpus", "download_corpus", {"documents": 8, "characters": 80, "ids": []})
+    run.write("corpus", "download_corpus", {"documents": 8, "characters": 80})
     assert run.report(tmp_path / "out").returncode == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["chain"]["broken"] == 1

@@ -38,7 +38,7 @@ def list_corpus(directory) -> None:
         settings={},
         inputs={},
         files=[directory / "corpus" / "documents.jsonl"],
-        facts={"documents": len(TEXTS), "ids": list(TEXTS)},
+        facts={"documents": len(TEXTS)},
     )
 
 
@@ -147,8 +147,9 @@ def test_a_purged_payload(inputs):
 
 
 def test_a_full_disk(inputs, tmp_path):
-    text = json.dumps({"id": "books/one", "text": TEXTS["books/one"] * 40_000})
-    (inputs / "corpus" / "documents.jsonl").write_text(text + "\n")
+    texts = {"books/one": TEXTS["books/one"] * 40_000, "books/two": TEXTS["books/two"]}
+    lines = [json.dumps({"id": name, "text": text}) + "\n" for name, text in texts.items()]
+    (inputs / "corpus" / "documents.jsonl").write_text("".join(lines))
     list_corpus(inputs)
     with small_disk(tmp_path / "disk", 1) as disk:
         targets = ["--manifest", disk / "tokens.json", "--output", disk / "tokens"]
