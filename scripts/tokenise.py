@@ -102,7 +102,9 @@ def prepare(
             "tokenizer_config.json (eos_token) in model.source"
         )
     if tokenizer.bos_token_id is None:
-        print("tokenise: the tokenizer has no bos token, so documents begin without", file=sys.stderr)
+        print(
+            "tokenise: the tokenizer has no bos token, so documents begin without", file=sys.stderr
+        )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         manifest.write_text(work / "tokenizer.json", backend.to_str())
@@ -161,7 +163,9 @@ def make_index(
     units: list[tokenising.Unit], held_out: list[str], held_out_documents: dict[str, int]
 ) -> tuple[dict[str, np.ndarray], dict]:
     """Return the tensors of the index (see ``tokens.Tokens``) and the facts of the manifest."""
-    stored = [storage.load(unit.output, "lengths", "digests", "ids", "id_lengths") for unit in units]
+    stored = [
+        storage.load(unit.output, "lengths", "digests", "ids", "id_lengths") for unit in units
+    ]
     lengths = np.concatenate([one["lengths"] for one in stored])
     collections = np.empty(len(lengths), np.int32)
     roles = np.full(len(lengths), TRAINING, np.uint8)

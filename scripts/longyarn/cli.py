@@ -97,7 +97,9 @@ def token_progress(
 
         tokens = 0
         with tqdm(
-            total=total, desc=label, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix} {remaining} left"
+            total=total,
+            desc=label,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix} {remaining} left",
         ) as bar:
             for amount, count in parts:
                 yield amount, count

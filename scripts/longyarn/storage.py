@@ -30,9 +30,7 @@ class Stream:
     parts: Iterable[np.ndarray]
 
 
-def write(
-    path: Path, tensors: Mapping[str, np.ndarray | Stream]
-) -> None:
+def write(path: Path, tensors: Mapping[str, np.ndarray | Stream]) -> None:
     """Write a safetensors file, atomically, with no more of a ``Stream`` in memory than one part.
 
     Tensors with wide numbers come first, so that each is aligned. Equal input gives equal bytes.
