@@ -22,6 +22,10 @@ LOGITS_AT_ONCE = 1024  # positions of logits that scripts/perplexity.py holds
 TEXT_PER_TOKEN = 5  # bytes of text, about; English has 4 to 5
 
 
+# Parts of what is written to disk that each phase of the extension has of its own.
+OF_EACH_PHASE = ("packed sequences", "checkpoints", "what is trained", "merged model")
+
+
 @dataclass(frozen=True)
 class Setup:
     """What decides on the memory of a training process."""

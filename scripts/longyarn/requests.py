@@ -12,6 +12,7 @@ import yaml
 
 from longyarn import estimate, shapes
 from longyarn.cli import UserError
+from longyarn.config import phases
 from longyarn.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +48,16 @@ def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
         found = minutes(config, stage, shape)
         first = UNKNOWN[what] if found is None else LEAST_MINUTES + math.ceil(found)
     return round(first * GROWTH ** (attempt - 1))
+
+
+def job_name(job) -> str:
+    """Return the name of a Snakemake job's rule, behind its phase where it has one: phase-1/train."""
+    return job.wildcards.get("phase", "") + job.rule.name
+
+
+def job_config(job, config: dict) -> dict:
+    """Return the configuration of a Snakemake job's phase."""
+    return phases(config).get(job.wildcards.get("phase", ""), config)
 
 
 def sbatch_call(job, settings, **given) -> str:
