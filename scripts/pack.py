@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from longyarn import manifest, packing, storage
+from longyarn import batches, manifest, packing, storage
 from longyarn.cli import UserError, program, require_space, token_progress
 from longyarn.tokens import TRAINING, Tokens
 
@@ -70,7 +70,7 @@ def main() -> None:
             arguments.short_from,
         ),
     )
-    packing.require_enough(len(plan), length, arguments.read, arguments.allow_repeats)
+    batches.require_enough(len(plan), length, arguments.read, arguments.allow_repeats)
     width = tokens.dtype.itemsize + tokens.conversations
     require_space(arguments.output.parent, len(plan) * length * width, "the packed sequences")
     numbers = np.append(training, packing.PADDING)  # padding's -1 takes the last

@@ -11,10 +11,15 @@ from longyarn.cli import UserError, first_line
 NAMED = Path(__file__).resolve().parents[2] / "resources" / "chat"
 
 
-def load(name: str) -> str:
-    """Return a template's text: one of resources/chat by name, or a file's; ``UserError`` without."""
+def path_of(name: str) -> Path:
+    """Return the file of a template: one of resources/chat by name, or any other by its path."""
     named = NAMED / f"{name}.jinja"
-    path = named if named.is_file() else Path(name).expanduser()
+    return named if named.is_file() else Path(name).expanduser()
+
+
+def load(name: str) -> str:
+    """Return a template's text; raise ``UserError`` where there is none or it marks no answers."""
+    path = path_of(name)
     known = ", ".join(sorted(file.stem for file in NAMED.glob("*.jinja")))
     try:
         text = path.read_text(encoding="utf-8")

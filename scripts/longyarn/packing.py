@@ -472,16 +472,3 @@ def share_past(plan: Plan, original_length: int, document_masks: bool) -> float:
     runs = real if document_masks else np.add.reduceat(real, plan.offsets[:-1])
     total = int(real.sum())
     return int(np.maximum(runs - original_length, 0).sum()) / total if total else math.nan
-
-
-def require_enough(sequences: int, length: int, wanted: int, allow_repeats: bool) -> None:
-    """Stop when training would read packed sequences again that are to be read once.
-
-    ``wanted``: the tokens that training will read.
-    """
-    if wanted > sequences * length and not allow_repeats:
-        raise UserError(
-            f"training.steps × batch_size × sequence length reads {wanted} tokens, but the pack holds "
-            f"{sequences * length}: {wanted - sequences * length} tokens are missing; bring more "
-            "documents, lower training.steps, or set mix.allow_repeats to true"
-        )
