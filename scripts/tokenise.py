@@ -182,9 +182,10 @@ def make_index(
     check_held_out(stored, wanted, +left, held_out_documents)
     mark_duplicates(np.concatenate([one["digests"] for one in stored]), roles)
     if not (roles == TRAINING).any():
-        raise UserError(
-            "corpus.held_out names every document, so none is left to train on; hold fewer out"
-        )
+        what = "names every document"
+        if (roles == DUPLICATE).any():
+            what = "has the same texts as all other documents"
+        raise UserError(f"corpus.held_out {what}, so none is left to train on; hold fewer out")
     index = {
         "lengths": lengths,
         "roles": roles,
