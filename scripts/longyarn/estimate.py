@@ -7,7 +7,7 @@ measured on a CPU; on a GPU it is unproved.
 
 from dataclasses import dataclass, field
 
-from longyarn import attempts, batches
+from longyarn import batches
 from longyarn.shapes import Shape
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a number
@@ -281,7 +281,7 @@ def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float
         "corpus": packed * TEXT_PER_TOKEN,
         "tokens": packed * stored_token(shape),
         "packed sequences": packed * stored_token(shape),
-        "checkpoints": attempts.CHECKPOINTS_KEPT * checkpoint + width * trained,
+        "checkpoints": training["save_total_limit"] * checkpoint + width * trained,
         "what is trained": width * trained,
         "merged model": base,
     }
