@@ -16,6 +16,9 @@ from pathlib import Path
 
 import chunked_loss
 import llamafactory
+import packing_memory
+import packing_others
+import packing_speed
 import training_speed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,9 +46,9 @@ def compare(name: str, goal: str, ours: list[str], other: list[str]) -> dict:
     }
 
 
-def measured(name: str, goal: str, module, show: Callable[[float], str]) -> dict:
+def measured(name: str, goal: str, module, show: Callable[[float], str], *arguments: str) -> dict:
     """Return the row of a benchmark that is a module with ``measure``; ``show`` writes its figures."""
-    found = module.measure()
+    found = module.measure(*arguments)
     return {
         "name": name,
         "ratio": round(found["ratio"], 3),
@@ -57,7 +60,7 @@ def measured(name: str, goal: str, module, show: Callable[[float], str]) -> dict
 
 
 def tokens_a_second(rate: float) -> str:
-    """Write a figure of training speed."""
+    """Write a speed."""
     return f"{rate:.0f} tokens/s"
 
 
@@ -85,6 +88,15 @@ def main() -> None:
             lambda size: f"{size / 2**30:.2f} GiB",
         ),
         measured("train_vs_bare_loop", ">= 0.95", training_speed, tokens_a_second),
+        measured("pack_vs_encode_batch", ">= 0.85", packing_speed, tokens_a_second),
+        measured("pack_vs_trl", ">= 1", packing_others, tokens_a_second, "trl"),
+        measured("pack_vs_datasets_map", ">= 1", packing_others, tokens_a_second, "map"),
+        measured(
+            "pack_memory_1_gb_vs_0.1_gb",
+            "<= 1.5",
+            packing_memory,
+            lambda size: f"{size / 2**20:.0f} MiB",
+        ),
     ]
     try:
         results.append(measured("train_vs_llamafactory", ">= 1.1", llamafactory, tokens_a_second))

@@ -55,6 +55,7 @@ def write_pack(directory: Path, input_ids: np.ndarray, document_masks: bool = Tr
         files=[file],
         facts={
             "document_masks": document_masks,
+            "allow_repeats": True,
             "sequence_length": length,
             "sequences": sequences,
         },

@@ -22,6 +22,6 @@ rule micro_base:
         code=code("micro_base"),
         held_out=config["corpus"]["held_out"],
     shell:
-        "python scripts/micro_base.py --documents {input.documents}/documents.jsonl"
+        "python scripts/micro_base.py --corpus {input.corpus}"
         " --held-out {params.held_out:q} --output {output.model} --seed 0 --threads 2"
         " 2>&1 | tee {log}"

@@ -16,10 +16,11 @@ rule pack:
     resources:
         mem_mb=request("pack", "mem_mb"),
         runtime=request("pack", "runtime"),
+        to_read=tokens_to_read,
     params:
         code=code("pack"),
         mix=mix_options,
     shell:
         "python scripts/pack.py --tokens {input.tokens} --rope {input.rope}"
-        " {params.mix}"
+        " {params.mix} {resources.to_read}"
         " --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"

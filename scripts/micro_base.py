@@ -21,6 +21,7 @@ import numpy as np
 import passkey
 from longyarn import manifest
 from longyarn.cli import UserError, program
+from longyarn.documents import read_shards
 
 WINDOW = 512
 VOCABULARY = 2048
@@ -93,7 +94,7 @@ STAGES = (
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=Path, required=True, help='lines of {"id", "text"}')
+    parser.add_argument("--corpus", type=Path, required=True, help="manifest of the corpus")
     parser.add_argument("--held-out", nargs="+", required=True, help="ids never trained on")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and windows")
@@ -108,7 +109,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     started = time.monotonic()
-    training, held_out = read_documents(arguments.documents, set(arguments.held_out))
+    training, held_out = read_documents(arguments.corpus, set(arguments.held_out))
     tokenizer = train_tokenizer(training)
     training_tokens = join(tokenizer, training)
     held_out_tokens = join(tokenizer, held_out)
@@ -135,9 +136,8 @@ def main() -> None:
 
 
 def read_documents(path: Path, held_out: set[str]) -> tuple[list[str], list[str]]:
-    """Return the texts to train on and those held out, in the file's order."""
-    with path.open(encoding="utf-8") as lines:
-        documents = [json.loads(line) for line in lines]
+    """Return the texts to train on and those held out, in the corpus's order."""
+    documents = list(read_shards(path))
     missing = held_out - {document["id"] for document in documents}
     if missing:
         raise UserError(f"{path} has no document {sorted(missing)[0]}; correct --held-out")
@@ -571,7 +571,7 @@ depths 0.1, 0.3, 0.5, 0.7 and 0.9.
 | held-out perplexity, 4096 tokens | {long} |
 {rows}
 
-    python scripts/micro_base.py --documents DOCUMENTS --held-out {held_out_arguments} \\
+    python scripts/micro_base.py --corpus CORPUS --held-out {held_out_arguments} \\
         --output OUTPUT --seed {seed} --threads {threads}
 
 It took {minutes} minutes.

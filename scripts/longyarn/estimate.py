@@ -228,7 +228,9 @@ def evaluation_flops(shape: Shape, config: dict, instrument: str) -> float:
     for length in settings["lengths"]:
         if instrument == "perplexity":
             stride = settings["stride"] or length
-            taken = settings["tokens_per_document"] * len(config["corpus"]["held_out"])
+            corpus = config["corpus"]
+            documents = len(corpus["held_out"]) + sum(corpus["held_out_documents"].values())
+            taken = settings["tokens_per_document"] * documents
             tokens = taken * length / stride
         else:
             tokens = length * settings["trials"] * len(settings["depths"])
@@ -249,6 +251,11 @@ def packed_tokens(config: dict) -> int | None:
     return config["mix"]["token_budget"] or training_tokens(config)
 
 
+def stored_token(shape: Shape) -> int:
+    """Return the bytes of a token on disk, as scripts/tokenise.py stores them."""
+    return 2 if shape.vocab_size <= 1 << 16 else 4
+
+
 def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float]:
     """Return bytes on disk by part; ``base`` is the size of the base's weights where it is known."""
     training = config["training"]
@@ -264,8 +271,8 @@ def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float
     return {
         "base model": base,
         "corpus": packed * TEXT_PER_TOKEN,
-        "tokens": packed * 4,
-        "packed sequences": packed * 4,
+        "tokens": packed * stored_token(shape),
+        "packed sequences": packed * stored_token(shape),
         "checkpoints": training["save_total_limit"] * checkpoint + width * trained,
         "what is trained": width * trained,
         "merged model": base,
