@@ -139,8 +139,8 @@ MISTAKES = [
     ({"rope.factor": 1}, "'rope.factor' is 1, but must be more than 1"),
     ({"mix.long_share": 1.5}, "'mix.long_share' is 1.5, but must be at most 1"),
     (
-        {"model.revision": "main"},
-        "'model.revision' is \"main\", but is not of the form asked for (The hub commit",
+        {"model.revision": "main", "model.locked": True},
+        "model.revision main is a branch or a tag, which can move, and model.locked is true; write",
     ),
     ({"corpus.packages.0.version": 0.6}, "[0].version' is 0.6, but must be text; put it in quotes"),
     (

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from pathlib import Path
 
 import jsonschema
@@ -176,6 +177,13 @@ def _purpose(schema: dict) -> str:
 
 def check(config: dict) -> None:
     """Refuse what contradicts itself across keys; what needs the model is checked by its stage."""
+    model = config["model"]
+    if model["locked"] and not re.fullmatch("[0-9a-f]{40}", model["revision"] or "0" * 40):
+        raise UserError(
+            f"model.revision {model['revision']} is a branch or a tag, which can move, and model.locked is "
+            "true; write the commit's 40 hexadecimal digits, which the manifest base.json of an earlier "
+            "run has"
+        )
     target = config["rope"]["target_length"]
     for instrument in ("perplexity", "passkey"):
         for length in config["evaluation"][instrument]["lengths"]:

@@ -227,8 +227,9 @@ def _device(path: str | Path) -> int:
 
 
 def hub(run: Run) -> str:
-    """The hub gives the model, where it is still to be downloaded."""
+    """The hub gives the model, where it is still to be downloaded, or the cache has it whole."""
     import download_model
+    from longyarn import hub as models_hub
 
     source, revision = run.config["model"]["source"], run.config["model"]["revision"]
     if not run.has("download_model"):
@@ -240,10 +241,12 @@ def hub(run: Run) -> str:
             )
         raise NotChecked("model.source is a directory")
     try:
-        download_model.hub_info(source, revision)
+        found = models_hub.find(source, revision, Path(run.config["paths"]["cache"]))
+        if not found.online:
+            models_hub.bring(found, code=False)
     except ModuleNotFoundError as error:
         raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
-    return f"{source} at {revision}"
+    return f"{source} at {found.commit}" + ("" if found.online else ", from the cache")
 
 
 def slurm(run: Run) -> str:
