@@ -54,12 +54,15 @@ def matches(pattern: str) -> list[Path]:
     return sorted(path for path in map(Path, found) if path.is_file())
 
 
-def require(pattern: str) -> list[Path]:
-    """Return the files that a pattern names, and stop when there are none."""
-    found = matches(pattern)
+def check(entry: dict) -> None:
+    """Refuse a pattern that names no file, or a file whose format cannot be told."""
+    found = matches(entry["files"])
     if not found:
-        raise UserError(f"corpus.files finds no file that matches {pattern!r}; mend the pattern")
-    return found
+        raise UserError(
+            f"corpus.files finds no file that matches {entry['files']!r}; mend the pattern"
+        )
+    for path in found:
+        format_of(path, entry)
 
 
 def fixed_part(pattern: str) -> Path:
@@ -68,16 +71,21 @@ def fixed_part(pattern: str) -> Path:
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), directories))
 
 
+def pattern_below(pattern: str) -> str:
+    """Return a pattern from its first wildcard's directory on, so without places of this machine."""
+    return Path(os.path.expanduser(pattern)).relative_to(fixed_part(pattern)).as_posix()
+
+
 def fingerprint(entry: dict) -> dict:
     """Return an entry with its pattern from the fixed part on, and a digest of names and contents.
 
     It names no directory of this machine, so equal files give equal manifests wherever they lie.
     """
-    root, found = fixed_part(entry["files"]), require(entry["files"])
+    root, found = fixed_part(entry["files"]), matches(entry["files"])
     digest = hashlib.sha256()
     for path in found:
         digest.update(f"{path.relative_to(root).as_posix()}\0{manifest.sha256(path)}\n".encode())
-    pattern = Path(os.path.expanduser(entry["files"])).relative_to(root).as_posix()
+    pattern = pattern_below(entry["files"])
     return entry | {"files": pattern, "found": len(found), "sha256": digest.hexdigest()}
 
 
