@@ -51,6 +51,7 @@ def write_pack(
         files=[file],
         facts={
             "document_masks": document_masks,
+            "allow_repeats": True,
             "sequence_length": length,
             "sequences": sequences,
         },

@@ -9,7 +9,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from download_model import WANTED
-from longyarn import containers, files, manifest, preflight, requests
+from longyarn import (
+    chat,
+    containers,
+    estimate,
+    files,
+    manifest,
+    preflight,
+    requests,
+)
 from longyarn.cli import UserError
 from longyarn.config import complete, phases
 from snakemake.settings.types import DeploymentMethod

@@ -3,6 +3,18 @@
 # The base's frequencies are those before, the trained one's those after.
 REPORTED_ROPES = sorted({"base", TRAINED_ROPE, *VARIANTS} - {"trained"})
 
+# What each earlier phase wrote, by the name of its job.
+EARLIER = {
+    f"{name}{stage}": f"{RUN}/{name}{written}.json"
+    for name in list(PHASES)[:-1]
+    for stage, written in {
+        f"patch_rope.{rope_of(PHASES[name])}": f"rope/{rope_of(PHASES[name])}",
+        "pack": "pack",
+        "train": "trained",
+        "merge": "merged",
+    }.items()
+}
+
 
 rule report:
     input:
@@ -15,6 +27,7 @@ rule report:
         rope=expand(f"{RUN}/rope/{{name}}.json", name=REPORTED_ROPES),
         perplexity=expand(f"{RUN}/perplexity/{{name}}.json", name=VARIANTS),
         passkey=expand(f"{RUN}/passkey/{{name}}.json", name=VARIANTS),
+        phases=list(EARLIER.values()),
         template="resources/report.html.jinja",
     output:
         html=f"{RUN}/report.html",
@@ -33,6 +46,7 @@ rule report:
         trained_rope=TRAINED_ROPE,
         perplexity=by_name("perplexity", VARIANTS),
         passkey=by_name("passkey", VARIANTS),
+        phases=[f"{job}={written}" for job, written in EARLIER.items()],
         disclosure=config["model"]["disclosure"] or "",
         benchmarks=f"{RUN}/benchmarks",
     shell:
@@ -40,6 +54,7 @@ rule report:
         " --tokens {input.tokens} --pack {input.pack} --train {input.train} --merge {input.merge}"
         " --rope {params.rope:q} --trained-rope {params.trained_rope}"
         " --perplexity {params.perplexity:q} --passkey {params.passkey:q}"
+        " --phases {params.phases:q}"
         " --disclosure={params.disclosure:q} --template {input.template}"
         " --benchmarks {params.benchmarks:q} --html {output.html} --json {output.json}"
         " --figures {output.figures} 2>&1 | tee {log}"

@@ -25,7 +25,7 @@ def main() -> None:
 
     base = manifest.read(arguments.base)["facts"]
     tokens = manifest.read_facts(arguments.tokens)
-    held_out = {d["id"]: d["tokens"] for d in tokens["documents"] if d["held_out"]}
+    held_out = {document["id"]: document["tokens"] for document in tokens["held_out"]}
     longest = max(arguments.perplexity_lengths)
     perplexity.whole_windows(held_out, longest, arguments.tokens_per_document)
     tokenizer = models.load_tokenizer(

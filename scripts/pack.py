@@ -1,17 +1,22 @@
 """Mix long and short documents and pack them to full length.
 
-The payload is one safetensors file: ``input_ids`` int32 (sequences, sequence_length),
-``piece_lengths`` int32, the lengths of all pieces end to end, and ``piece_offsets`` int64
-(sequences + 1,), which says where each sequence's pieces begin in it.
+The payload is one safetensors file: ``input_ids`` (sequences, sequence_length), uint16 or int32 as the
+tokens are; ``piece_lengths`` and ``piece_documents`` int32, the lengths of all pieces end to end and the
+numbers of their documents, -1 for padding; ``piece_offsets`` int64 (sequences + 1,), which says where each
+sequence's pieces begin in them; and, where there are conversations, ``scored`` bool like input_ids, the
+tokens that count in the loss.
 """
 
 import argparse
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from longyarn import manifest, packing
-from longyarn.cli import UserError, program, require_space
+from longyarn import batches, manifest, packing, storage
+from longyarn.cli import UserError, program, require_space, token_progress
+from longyarn.tokens import TRAINING, Tokens
 
 
 def main() -> None:
@@ -20,7 +25,16 @@ def main() -> None:
     parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
     parser.add_argument("--sequence-length", type=int, help="tokens; default: the RoPE's length")
     parser.add_argument("--long-share", type=float, required=True, help="share of long sequences")
+    parser.add_argument(
+        "--shares", type=json.loads, help="collection -> its share of the tokens, as JSON"
+    )
+    parser.add_argument("--short-from", nargs="+", help="collections that short pieces come from")
+    parser.add_argument("--packing", choices=["concat", "best_fit"], default="concat")
     parser.add_argument("--token-budget", type=int, help="tokens to pack; default: all there are")
+    parser.add_argument(
+        "--allow-repeats", action="store_true", help="training may read the sequences again"
+    )
+    parser.add_argument("--read", type=int, default=0, help="tokens that training will read")
     parser.add_argument(
         "--document-masks", action=argparse.BooleanOptionalAction, required=True,
         help="whether pieces of a sequence are hidden from one another",
@@ -29,9 +43,9 @@ def main() -> None:
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
     parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
     arguments = parser.parse_args()
-    from safetensors.numpy import load_file, save_file
 
-    tokens = manifest.read(arguments.tokens)
+    record = manifest.read_facts(arguments.tokens)
+    tokens = Tokens(arguments.tokens)
     rope = manifest.read_facts(arguments.rope)
     original = rope["original_max_position_embeddings"]
     length = arguments.sequence_length or rope["max_position_embeddings"]
@@ -40,50 +54,39 @@ def main() -> None:
             f"mix.sequence_length {length} is shorter than the model's original length {original}, so "
             "nothing new would be learnt; raise it"
         )
-    stored = load_file(arguments.tokens.parent / next(iter(tokens["files"])))
-    documents = tokens["facts"]["documents"]
-    training = [number for number, d in enumerate(documents) if not d["held_out"]]
-
+    training = np.flatnonzero(tokens.roles == TRAINING)
     plan = packing.make_plan(
-        [documents[number]["tokens"] for number in training],
+        tokens.lengths[training],
         sequence_length=length,
         piece_length=original,
         long_share=arguments.long_share,
         token_budget=arguments.token_budget,
         seed=arguments.seed,
+        strategy=arguments.packing,
+        sources=packing.Sources(
+            tokens.collections[training],
+            tokens.collection_names,
+            arguments.shares,
+            arguments.short_from,
+        ),
     )
-    require_space(arguments.output.parent, len(plan.sequences) * length * 4, "the packed sequences")
-    input_ids = np.empty((len(plan.sequences), length), dtype=np.int32)
-    for row, sequence in enumerate(plan.sequences):
-        parts = []
-        for piece in sequence:
-            begin = stored["offsets"][training[piece.document]] + piece.start
-            parts.append(stored["tokens"][begin : begin + piece.length])
-        input_ids[row] = np.concatenate(parts)
-    counts = [len(sequence) for sequence in plan.sequences]
+    batches.require_enough(len(plan), length, arguments.read, arguments.allow_repeats)
+    width = tokens.dtype.itemsize + tokens.conversations
+    require_space(arguments.output.parent, len(plan) * length * width, "the packed sequences")
+    numbers = np.append(training, packing.PADDING)  # padding's -1 takes the last
     with manifest.new_directory(arguments.output) as directory:
-        save_file(
-            {
-                "input_ids": input_ids,
-                "piece_lengths": np.asarray(
-                    [piece.length for sequence in plan.sequences for piece in sequence], np.int32
-                ),
-                "piece_documents": np.asarray(
-                    [training[p.document] for sequence in plan.sequences for p in sequence],
-                    np.int32,
-                ),
-                "piece_offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            },
-            directory / "pack.safetensors",
-        )
-    used = {training[piece.document] for sequence in plan.sequences for piece in sequence}
+        write(directory / "pack.safetensors", plan, tokens, numbers, length)
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
         settings={
             "sequence_length": arguments.sequence_length,
             "long_share": arguments.long_share,
+            "shares": arguments.shares,
+            "short_from": arguments.short_from,
+            "packing": arguments.packing,
             "token_budget": arguments.token_budget,
+            "allow_repeats": arguments.allow_repeats,
             "document_masks": arguments.document_masks,
             "seed": arguments.seed,
         },
@@ -91,19 +94,102 @@ def main() -> None:
         files=[arguments.output / "pack.safetensors"],
         facts={
             "document_masks": arguments.document_masks,
+            "packing": arguments.packing,
+            "allow_repeats": arguments.allow_repeats,
             "sequence_length": length,
-            "sequences": len(plan.sequences),
+            "sequences": len(plan),
             "long_sequences": plan.long_sequences,
-            "documents_used": len(used),
-            "tokens_in": tokens["facts"]["tokens"],
-            "tokens_packed": input_ids.size,
+            "tokens_in": record["tokens"],
+            "tokens_packed": plan.real.tokens,
             "tails_dropped": plan.tails_dropped,
             "unused_by_the_mix": plan.unused,
-            "held_out": tokens["facts"]["tokens_held_out"],
+            "held_out": record["tokens_held_out"],
+            "duplicates": record["tokens_of_duplicates"],
+            "padding": plan.padding,
             "short_tokens": plan.short_tokens,
             "share_past_original": packing.share_past(plan, original, arguments.document_masks),
-        },
+        }
+        | used(plan, tokens, training),
     )
+
+
+def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, length: int) -> None:
+    """Write the sequences of a plan, a row at a time; ``numbers`` are the documents' in ``tokens``."""
+    pieces, shape = plan.pieces, (len(plan), length)
+    documents = numbers[pieces.document]
+
+    def rows(read: Callable, dtype: np.dtype, label: str) -> Iterator[np.ndarray]:
+        steps = ((length, length) for _ in range(len(plan)))
+        progress = token_progress(steps, len(plan) * length, label)
+        for _, row in zip(progress, range(len(plan)), strict=False):
+            begin, end = plan.offsets[row : row + 2]
+            yield np.concatenate(
+                [
+                    np.zeros(count, dtype)
+                    if document == packing.PADDING
+                    else read(document, start, count)
+                    for document, start, count in zip(
+                        documents[begin:end].tolist(),
+                        pieces.start[begin:end].tolist(),
+                        pieces.length[begin:end].tolist(),
+                        strict=True,
+                    )
+                ]
+            )
+
+    tensors = {
+        "piece_lengths": pieces.length.astype(np.int32),
+        "piece_documents": documents.astype(np.int32),
+        "piece_offsets": plan.offsets.astype(np.int64),
+        "input_ids": storage.Stream(tokens.dtype, shape, rows(tokens.stored, tokens.dtype, "pack")),
+    }
+    if tokens.conversations:
+        scored = np.dtype(bool)
+        tensors["scored"] = storage.Stream(
+            scored, shape, rows(tokens.scored, scored, "pack: what is scored")
+        )
+    storage.write(path, tensors)
+
+
+def used(plan: packing.Plan, tokens: Tokens, training: np.ndarray) -> dict:
+    """Return which documents were used and how, of all and of each collection."""
+    real = plan.real
+    documents = np.unique(real.document)
+    lengths, collections = tokens.lengths[training], tokens.collections[training]
+    whole = np.unique(real.document[real.length == lengths[real.document]])
+    of_piece = collections[real.document]
+    facts = {
+        "documents": len(training),
+        "documents_used": len(documents),
+        "documents_cut": len(documents) - len(whole),
+        "long_documents": plan.long_documents,
+        "long_windows": plan.long_windows,
+        "collections": {},
+        "piece_lengths": histogram(real.length),
+    }
+    for number, name in enumerate(tokens.collection_names):
+        packed = int(real.length[of_piece == number].sum())
+        facts["collections"][name] = {
+            "documents": int((collections == number).sum()),
+            "documents_used": int((collections[documents] == number).sum()),
+            "tokens": int(lengths[collections == number].sum()),
+            "tokens_packed": packed,
+            "share": packed / real.tokens,
+        }
+    return facts
+
+
+def histogram(lengths: np.ndarray) -> list[dict]:
+    """Return how many pieces, and tokens in them, have up to each power of two of tokens."""
+    power = np.ceil(np.log2(lengths)).astype(int)
+    return [
+        {
+            "up_to": 1 << int(one),
+            "pieces": int((power == one).sum()),
+            "tokens": int(lengths[power == one].sum()),
+        }
+        for one in np.unique(power)
+    ]
 
 
 if __name__ == "__main__":

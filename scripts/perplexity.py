@@ -67,6 +67,8 @@ def main() -> None:
         inputs={"tokens": arguments.tokens},
         facts=facts,
     )
+    told = (f"{found['value']:.4g} at {length}" for length, found in facts["lengths"].items())
+    print(f"perplexity of {arguments.variant}: {', '.join(told)}", file=sys.stderr)
 
 
 def whole_windows(

@@ -19,7 +19,7 @@ import yaml
 
 from longyarn import batches, estimate, requests, shapes
 from longyarn.cli import UserError, first_line, program
-from longyarn.config import check, complete
+from longyarn.config import check, complete, phases
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_PROFILE = Path("profiles/slurm")
@@ -99,7 +99,7 @@ def shape_of(config: dict) -> shapes.Shape:
 
 def costs(config: dict) -> str:
     """Return the table of tokens, memory, disk, arithmetic and hours."""
-    shape, training = shape_of(config), config["training"]
+    shape = shape_of(config)
     setup = estimate.Setup.of(config)
     parts = estimate.memory(shape, setup)
     trained = shape.trained_parameters(setup.mode, setup.lora)
@@ -107,18 +107,8 @@ def costs(config: dict) -> str:
         f"Plan of {config['run']}: {config['model']['source']}",
         f"  parameters  {shape.parameters:,}, trained {trained:,} ({setup.mode})",
     ]
-    tokens = estimate.training_tokens(config)
-    if tokens is None:
-        lines.append(
-            "  tokens      as many as the corpus gives: state mix.token_budget to plan them"
-        )
-    else:
-        sequences = tokens // setup.length
-        steps = training["steps"] or sequences // training["batch_size"]
-        lines.append(
-            f"  tokens      {tokens:,}: {steps} steps × {training['batch_size']} sequences × "
-            f"{setup.length}"
-        )
+    for name, phase in phases(config).items():
+        lines.append(f"  {name.strip('/') or 'tokens':12}{tokens_of(phase)}")
     lines.append(f"  hardware    {hardware(config)}")
     lines.append("")
     lines.append(f"Memory of each {'GPU' if setup.on_gpu else 'process'} in training, GiB")
@@ -127,12 +117,32 @@ def costs(config: dict) -> str:
     lines.append(f"  {'most at once':20}{estimate.peak(parts) / estimate.GIB:9.2f}{room}")
     lines.append("")
     lines.append("Disk, GB")
-    written = estimate.disk(shape, config)
+    written = written_to_disk(shape, config)
     lines += [f"  {name:20}{size / 1e9:9.2f}" for name, size in written.items()]
     lines.append(f"  {'all':20}{sum(written.values()) / 1e9:9.2f}")
     lines.append("")
-    lines += hours(config, shape, tokens)
+    lines += hours(config, shape)
     return "\n".join(lines)
+
+
+def tokens_of(config: dict) -> str:
+    """Return the tokens that training reads, in words."""
+    tokens, training = estimate.training_tokens(config), config["training"]
+    if tokens is None:
+        return "as many as the corpus gives: state mix.token_budget to plan them"
+    length = batches.sequence_length(config)
+    steps = training["steps"] or tokens // length // training["batch_size"]
+    return f"{tokens:,}: {steps} steps × {training['batch_size']} sequences × {length}"
+
+
+def written_to_disk(shape: shapes.Shape, config: dict) -> Counter:
+    """Return bytes on disk by part; each phase packs, trains and merges anew."""
+    written = Counter(estimate.disk(shape, config))
+    for name, phase in phases(config).items():
+        if name:
+            parts = estimate.disk(shape, phase)
+            written.update({part: parts[part] for part in estimate.OF_EACH_PHASE})
+    return written
 
 
 def hardware(config: dict) -> str:
@@ -152,15 +162,18 @@ def hardware(config: dict) -> str:
     )
 
 
-def hours(config: dict, shape: shapes.Shape, tokens: int | None) -> list[str]:
+def hours(config: dict, shape: shapes.Shape) -> list[str]:
     """Return the lines on arithmetic and hours."""
     lines = [f"{'Arithmetic and time':22}{'FLOP':>10}{'hours':>10}{'GPU-hours':>12}"]
     gpus, variants = config["training"]["gpus"], len(config["evaluation"]["variants"])
-    if tokens is not None:
-        flops = estimate.training_flops(shape, estimate.Setup.of(config), tokens)
-        took = requests.training_hours(config, shape)
-        paid = took * batches.processes(config["training"]) if gpus else 0
-        lines.append(f"  {'train':20}{flops:10.1e}{took:10.2f}{paid:12.1f}")
+    for name, phase in phases(config).items():
+        tokens = estimate.training_tokens(phase)
+        if tokens is None:
+            continue
+        flops = estimate.training_flops(shape, estimate.Setup.of(phase), tokens)
+        took = requests.training_hours(phase, shape)
+        paid = took * batches.processes(phase["training"]) if gpus else 0
+        lines.append(f"  {f'{name}train':20}{flops:10.1e}{took:10.2f}{paid:12.1f}")
     for instrument in ("perplexity", "passkey"):
         flops = estimate.evaluation_flops(shape, config, instrument) * variants
         took = requests.evaluation_hours(config, shape, instrument) * variants
@@ -181,6 +194,12 @@ def check_fit(config: dict) -> None:
     if not config["training"]["gpus"]:
         return
     name, size = config["hardware"]["gpu"], requests.gpu(config)["gib"]
+    for phase, settings in phases(config).items():
+        if phase and lacking(settings) > 0:
+            raise UserError(
+                f"{phase.strip('/')} needs {lacking(settings) + size:.1f} GiB of each GPU, but "
+                f"hardware.gpu {name} has {size:g}; give it settings that need less, as the run itself has"
+            )
     if lacking(config) > 0:
         parts = estimate.memory(shape_of(config), estimate.Setup.of(config))
         most = max(parts, key=parts.get)
@@ -208,7 +227,7 @@ def advice(config: dict) -> str:
         if lacking(changed) <= 0:
             break
     else:
-        return "nothing in the config makes it fit, because the loss is not chunked yet"
+        return "nothing in the config makes it fit"
     for remedy in changes[:-1]:  # one that a later one has made superfluous is left out
         fewer = [other for other in changes if other is not remedy]
         without = apply(config, fewer)
@@ -218,6 +237,7 @@ def advice(config: dict) -> str:
     words = ", ".join(
         f"{key} {value if isinstance(value, str) else json.dumps(value)}"
         for key, value in stated.items()
+        if at(config, key) != value
     )
     fits = lacking(changed) + requests.gpu(changed)["gib"]
     return f"it would fit, in {fits:.1f} GiB, with {words}"
@@ -228,19 +248,29 @@ def remedies(config: dict) -> list[dict]:
     training, target = config["training"], config["rope"]["target_length"]
     found = [
         {"training.gradient_checkpointing": True},
+        {"training.loss": "chunked"},
         {"training.micro_batch_size": 1},
     ]
     if "bf16" in requests.gpu(config)["tflops"]:
         # FlashAttention needs the same GPUs as bf16 does, and does not compute in fp32.
         kernels = [{"training.attention": "flash_attention_2"}, {"training.precision": "bf16"}]
         found += reversed(kernels) if training["precision"] == "fp32" else kernels
-    found.append({"training.zero_stage": 3})
+    found += [
+        {"training.zero_stage": 3},
+        {"training.gradient_checkpointing": True, "training.activation_offload": True},
+        {"training.zero_stage": max(1, training["zero_stage"]), "training.offload": "optimizer"},
+    ]
     found += [
         {"training.gpus": n, "training.zero_stage": 3} for n in (2, 4, 8) if n > training["gpus"]
     ]
     found += [
         {"training.nodes": n, "training.zero_stage": 3} for n in (2, 4, 8) if n > training["nodes"]
     ]
+    heads = shape_of(config).num_attention_heads
+    found += [
+        {"training.sp_size": n, "training.zero_stage": 3} for n in (2, 4, 8) if heads % n == 0
+    ]
+    found.append({"training.offload": "all", "training.zero_stage": 3})
     larger = {
         entry["gib"]: name
         for name, entry in requests.known_gpus().items()
@@ -265,12 +295,17 @@ def shortened(config: dict, target: int) -> dict:
     return changes
 
 
+def at(config: dict, key: str):
+    """Return what a config has at a dotted key."""
+    return functools.reduce(dict.__getitem__, key.split("."), config)
+
+
 def apply(config: dict, changes: list[dict]) -> dict | None:
     """Return the config with dotted keys set, or None where no run would take it."""
     changed = copy.deepcopy(config)
     for key, value in (item for change in changes for item in change.items()):
-        *sections, name = key.split(".")
-        functools.reduce(dict.__getitem__, sections, changed)[name] = value
+        section, _, name = key.rpartition(".")
+        at(changed, section)[name] = value
     try:
         check(changed)
         requests.check(changed)
@@ -298,9 +333,10 @@ def submissions(config: dict, profile: Path) -> list[tuple[str, str]]:
         lines = str(error).partition("\nWildcards:")[0].splitlines()
         said = [line.strip() for line in lines if not line.endswith(":")]
         raise refused(profile, " ".join(said).rstrip(".")) from None
-    count = Counter(job.rule.name for job in every)
+    count = Counter(map(requests.job_name, every))
     for job in every:
-        name = f"{job.rule.name} × {count[job.rule.name]}".removesuffix(" × 1")
+        name = requests.job_name(job)
+        name = f"{name} × {count[name]}".removesuffix(" × 1")
         if job.rule.name in local:
             found[name] = "runs where Snakemake runs, on the login node"
             continue

@@ -29,6 +29,10 @@ def main() -> None:
     for name in INSTRUMENTS:
         parser.add_argument(f"--{name}", type=named, nargs="*", default=[], help="variant=manifest")
     parser.add_argument(
+        "--phases", type=named, nargs="*", default=[],
+        help="manifests of earlier phases, in order: phase-1/pack=manifest, phase-1/train=…",
+    )  # fmt: skip
+    parser.add_argument(
         "--disclosure", default="", help="what the base has in common with the tests"
     )
     parser.add_argument("--template", type=Path, required=True, help="Jinja2 template of the page")
@@ -68,13 +72,25 @@ def jobs(arguments: argparse.Namespace) -> dict[str, Path]:
     paths |= {f"patch_rope.{variant}": path for variant, path in arguments.rope}
     for stage in INSTRUMENTS:
         paths |= {f"{stage}.{variant}": path for variant, path in getattr(arguments, stage)}
-    return paths
+    return paths | dict(arguments.phases)
+
+
+def parts(job: str) -> tuple[str, str, str]:
+    """Return a job's phase, empty for the run itself, its stage and its variant."""
+    phase, _, rest = job.rpartition("/")
+    stage, _, variant = rest.partition(".")
+    return phase, stage, variant
+
+
+def phases_of(jobs) -> list[str]:
+    """Return the earlier phases, in order."""
+    return list(dict.fromkeys(phase for phase, _, _ in map(parts, jobs) if phase))
 
 
 def read_stage(path: Path, job: str) -> dict:
     """Read a manifest and make sure that it is this job's."""
     found = manifest.read(path)
-    stage = job.partition(".")[0]
+    stage = parts(job)[1]
     if found["stage"] != stage:
         raise UserError(
             f"{path} is the manifest of {found['stage']!r}, not of {stage!r}; mend the call"
@@ -108,10 +124,14 @@ def assemble(manifests: dict[str, dict], hashes: dict[str, str], trained_rope: s
                 "factor": rope["factor"],
                 "variants": of["patch_rope"],
             },
-            "corpus": facts["download_corpus"] | {"tokens": facts["tokenise"]["tokens"]},
+            "corpus": facts["download_corpus"] | {
+                key: facts["tokenise"][key]
+                for key in ("tokens", "duplicates_dropped", "duplicates_dropped_count")
+            },
             "held_out": held_out(facts["tokenise"], shown.perplexity),
             "mix": mix(pack),
             "training": train,
+            "phases": [earlier(facts, phase) for phase in phases_of(facts)],
             "perplexity": {
                 variant: {
                     length: {key: figure[key] for key in ("value", "low", "high")}
@@ -149,18 +169,33 @@ def held_out(tokens: dict, perplexity: dict[str, dict]) -> list[dict]:
     scored = next(iter(perplexity.values()))["documents"] if perplexity else {}
     return [
         {"id": d["id"], "tokens": d["tokens"], "scored": scored.get(d["id"], 0)}
-        for d in tokens["documents"]
-        if d["held_out"]
+        for d in tokens["held_out"]
     ]
 
 
 def mix(pack: dict) -> dict:
-    """Return the mix with its token balance: in = packed + dropped + unused + held out."""
+    """Return the mix with its token balance, which ``verdict.balance`` adds up."""
     short = sum(pack["short_tokens"].values())
     return pack | {
         "short_sequences": pack["sequences"] - pack["long_sequences"],
         "long_tokens": pack["tokens_packed"] - short,
         "checked": verdict.balanced(pack),
+    }
+
+
+def earlier(facts: dict[str, dict], phase: str) -> dict:
+    """Return what an earlier phase did: its RoPE, its mix and its training."""
+    of = {parts(job)[1]: found for job, found in facts.items() if parts(job)[0] == phase}
+    rope = of["patch_rope"]
+    return {
+        "name": phase,
+        "rope": {
+            "method": rope["method"],
+            "factor": rope["factor"],
+            "target_length": rope["max_position_embeddings"],
+        },
+        "mix": mix(of["pack"]),
+        "training": of["train"],
     }
 
 
@@ -193,7 +228,7 @@ def chain(
     links, broken = 0, []
     for job, found in manifests.items():
         for name, recorded in found["inputs"].items():
-            source = source_of(job, name, trained_rope)
+            source = source_of(job, name, trained_rope, list(manifests))
             if source not in hashes:
                 continue
             links += 1
@@ -202,15 +237,22 @@ def chain(
     return links, broken
 
 
-def source_of(job: str, name: str, trained_rope: str) -> str:
-    """Return the job whose manifest another job takes as its input ``name``."""
-    stage, _, variant = job.partition(".")
+def source_of(job: str, name: str, trained_rope: str, jobs: list[str]) -> str:
+    """Return the one of ``jobs`` whose manifest another job takes as its input ``name``."""
+    phase, stage, variant = parts(job)
     untrained = stage in INSTRUMENTS and variant != "trained"
+    if name == "base" and stage in ("train", "merge"):
+        names = [*phases_of(jobs), ""]
+        number = names.index(phase)
+        return f"{names[number - 1]}/merge" if number else "download_model"
+    if name == "rope" and phase:
+        return next(other for other in jobs if parts(other)[:2] == (phase, "patch_rope"))
     if name == "rope":
         return f"patch_rope.{variant if untrained else trained_rope}"
     if name == "model":
         return "download_model" if untrained else "merge"
-    return STAGES[name]
+    own = phase and name in ("pack", "train")
+    return f"{phase}/{STAGES[name]}" if own else STAGES[name]
 
 
 def disagreements(manifests: dict[str, dict]) -> list[str]:

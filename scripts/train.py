@@ -12,10 +12,10 @@ import json
 import os
 from pathlib import Path
 
-from longyarn import adapters, attempts, engine, losses, manifest, models
+from longyarn import adapters, attempts, batches, engine, losses, manifest, models
 from longyarn.cli import UserError, program, set_up_torch
 from longyarn.sequences import Packed
-from longyarn.tokens import held_out_documents
+from longyarn.tokens import Tokens, held_out_documents
 
 
 def main() -> None:
@@ -58,6 +58,14 @@ def main() -> None:
     base = manifest.read(arguments.base)
     rope = manifest.read_facts(arguments.rope)
     pack = manifest.read(arguments.pack)
+    length = pack["facts"]["sequence_length"]
+    batch = settings["batch_size"]
+    batches.require_enough(
+        pack["facts"]["sequences"],
+        length,
+        (settings["steps"] or 0) * batch * length,
+        pack["facts"]["allow_repeats"],
+    )
     work, attempt = engine.chosen_by_one(lambda: begin(arguments))
     data = Packed(
         arguments.pack.parent / next(iter(pack["files"])), pack["facts"]["document_masks"]
@@ -68,8 +76,6 @@ def main() -> None:
     transformers.set_seed(settings["seed"])
     model = load(arguments, base["facts"])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    length = pack["facts"]["sequence_length"]
-    batch = settings["batch_size"]
     checks = guards.Guards(
         rope,
         pack["facts"]["document_masks"],
@@ -180,8 +186,8 @@ def names_of(arguments: argparse.Namespace, data: Packed, step: int) -> list[str
     numbers = data.documents(data.rows(step, arguments.settings["batch_size"]))
     if not arguments.tokens:
         return [f"document {number}" for number in numbers]
-    documents = manifest.read_facts(arguments.tokens)["documents"]
-    return [documents[number]["id"] for number in numbers]
+    tokens = Tokens(arguments.tokens)
+    return [tokens.id(number) for number in numbers]
 
 
 def load(arguments: argparse.Namespace, base: dict):

@@ -229,8 +229,8 @@ def evaluated(tmp_path):
     shutil.copytree(MICRO_BASE, tmp_path / "model")
     patched(tmp_path / "model", tmp_path, target_length=1024)
     lines = [
-        json.dumps({"id": f"books/{name}", "text": "The sun is yellow. Here we go.\n" * count})
-        for name, count in (("held", 30), ("train", 30))
+        json.dumps({"id": f"books/{name}", "text": f"The sun is {colour}. Here we go.\n" * 30})
+        for name, colour in (("held", "yellow"), ("train", "orange"))
     ]
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "documents.jsonl").write_text("\n".join(lines) + "\n")
@@ -244,8 +244,8 @@ def evaluated(tmp_path):
     )
     run(
         tokenise, "--base", tmp_path / "base.json", "--corpus", tmp_path / "corpus.json",
-        "--held-out", "books/held", "--manifest", tmp_path / "tokens.json",
-        "--output", tmp_path / "tokens",
+        "--held-out", "books/held", "--work", tmp_path / "work",
+        "--manifest", tmp_path / "tokens.json", "--output", tmp_path / "tokens",
     )  # fmt: skip
     return tmp_path
 

@@ -258,9 +258,7 @@ def test_arithmetic_of_a_real_step(monkeypatch):
 def test_what_other_files_say_too():
     import passkey
     import perplexity
-    import train
 
-    assert train.attempts.CHECKPOINTS_KEPT == estimate.attempts.CHECKPOINTS_KEPT
     assert passkey.TOKENS_AT_ONCE == estimate.EVALUATED_AT_ONCE
     assert perplexity.LOGITS_AT_ONCE == estimate.LOGITS_AT_ONCE
 

@@ -15,7 +15,7 @@ from longyarn.cli import UserError
 from longyarn.guards import Guards
 from longyarn.held_out import HeldOut
 from longyarn.metrics import Metrics
-from longyarn.tokens import held_out_documents
+from longyarn.tokens import HELD_OUT, TRAINING, held_out_documents
 from longyarn.trainer import Trainer
 
 VOCABULARY = 64
@@ -216,21 +216,29 @@ def test_a_stopped_run_measures_when_it_goes_on(directory, tmp_path):
 def test_reads_the_held_out_documents_alone(tmp_path):
     pieces = documents(5, 9, 4)
     (tmp_path / "tokens").mkdir()
-    file = tmp_path / "tokens" / "tokens.safetensors"
-    offsets = np.asarray([0, 5, 14, 18], dtype=np.int64)
-    save_file({"tokens": np.concatenate(pieces), "offsets": offsets}, file)
-    listed = [{"id": f"d{n}", "tokens": len(p), "held_out": n != 1} for n, p in enumerate(pieces)]
+    shard, index = (tmp_path / "tokens" / f"{name}.safetensors" for name in ("a", "index"))
+    ids = {"ids": np.frombuffer(b"d0d1d2", np.uint8), "id_lengths": np.full(3, 2, np.int32)}
+    save_file({"tokens": np.concatenate(pieces)} | ids, shard)
+    save_file(
+        {
+            "lengths": np.asarray([5, 9, 4]),
+            "roles": np.asarray([HELD_OUT, TRAINING, HELD_OUT], np.uint8),
+            "collections": np.zeros(3, np.int32),
+            "first_of_shard": np.zeros(1, np.int64),
+        },
+        index,
+    )
     manifest.write(
         tmp_path / "tokens.json",
         script=manifest.__file__,
         settings={},
         inputs={},
-        files=[file],
-        facts={"documents": listed},
+        files=[shard, index],
+        facts={"collection_names": ["d"], "conversations": False, "dtype": "int32"},
     )
-    found = list(held_out_documents(tmp_path / "tokens.json").values())
-    assert len(found) == 2
-    assert np.array_equal(found[0], pieces[0]) and np.array_equal(found[1], pieces[2])
+    found = held_out_documents(tmp_path / "tokens.json")
+    assert list(found) == ["d0", "d2"]
+    assert np.array_equal(found["d0"], pieces[0]) and np.array_equal(found["d2"], pieces[2])
 
 
 def test_no_measurement_means_no_patience_spent():

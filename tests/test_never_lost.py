@@ -123,9 +123,13 @@ def test_killed_between_the_last_step_and_the_end(inputs, undisturbed, tmp_path)
 def test_more_steps_extend_a_finished_run(inputs, undisturbed, tmp_path):
     train(inputs, tmp_path, of_ten_steps(steps=6))
     assert weights(tmp_path) != undisturbed
-    done = train(inputs, tmp_path, of_ten_steps())
+    done = train(inputs, tmp_path, of_ten_steps(save_steps=1, save_total_limit=3, logging_steps=2))
     assert "resuming from attempt-0001/checkpoint-6" in done.stderr
     assert weights(tmp_path) == undisturbed
+    # What watches and keeps is that of the new settings, not of those in the checkpoint.
+    saved = (tmp_path / "work").glob("*/attempt-0002/checkpoint-*")
+    assert sorted(path.name for path in saved) == ["checkpoint-10", "checkpoint-8", "checkpoint-9"]
+    assert [line for line in done.stderr.splitlines() if "train: step 7/" in line] == []
 
 
 def test_another_placement_is_refused_in_a_sentence(inputs, tmp_path):

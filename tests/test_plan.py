@@ -208,22 +208,22 @@ def test_a_local_model_with_broken_sizes_is_one_sentence(workspace):
 
 
 def test_advice_of_a_shorter_context_takes_longer_lengths_along():
-    overrides = llama("qwen2-7b", length=131072)
-    overrides["rope"]["factor"] = 4
+    # A batch of one sequence leaves nothing to share among several GPUs.
+    overrides = llama("qwen2-7b", length=2**20, batch_size=1)
+    overrides["rope"]["factor"] = 32
     overrides["evaluation"]["perplexity"] = {
-        "lengths": [4096, 32768, 131072], "stride": 4096, "tokens_per_document": 131072,
+        "lengths": [4096, 32768, 2**20], "stride": 4096, "tokens_per_document": 2**20,
     }  # fmt: skip
     overrides["evaluation"]["passkey"] = {"lengths": [65536]}
     config = configuration(overrides)
     with pytest.raises(UserError) as refusal:
         plan.check_fit(config)
     assert str(refusal.value).endswith(
-        "with hardware.gpu h200, rope.target_length 32768, rope.factor null, "
-        "evaluation.perplexity.lengths [4096, 32768], evaluation.passkey.lengths [32768]"
+        "rope.target_length 262144, rope.factor null, evaluation.perplexity.lengths [4096, 32768]"
     )
-    mended = plan.apply(config, [{"hardware.gpu": "h200"}, plan.shortened(config, 32768)])
-    plan.check_fit(mended)
-    assert plan.apply(config, [{"rope.target_length": 32768}]) is None
+    mended = plan.shortened(config, 262144)
+    assert plan.apply(config, [mended])["evaluation"]["perplexity"]["lengths"] == [4096, 32768]
+    assert plan.apply(config, [{"rope.target_length": 262144}]) is None
 
 
 def test_advice_is_no_setting_that_a_run_refuses():
@@ -241,12 +241,26 @@ REFUSED = {
     ),
     "optimizer": (
         llama("llama-2-7b", length=8192, mode="full"),
-        ["training.gpus 2", "training.zero_stage 3"],
+        ["training.offload optimizer"],
     ),
-    "weights": (llama("llama-2-70b", gpus=8), ["training.nodes 2", "training.zero_stage 3"]),
-    "logits": (llama("qwen2-7b"), ["hardware.gpu h200"]),
+    "weights": (
+        llama("llama-2-70b", gpus=4, loss="chunked"),
+        ["training.zero_stage 3", "training.activation_offload true"],
+    ),
+    "machines": (
+        llama("llama-2-70b", gpus=8, mode="full", loss="chunked"),
+        ["training.zero_stage 3", "training.offload optimizer", "training.nodes 2"],
+    ),
+    "logits": (llama("qwen2-7b"), ["training.loss chunked"]),
     "scores": (llama("llama-2-7b", attention="eager"), ["training.attention flash_attention_2"]),
-    "length": (llama("qwen2-7b", length=131072), ["hardware.gpu h200", "rope.target_length 32768"]),
+    "length": (
+        llama("qwen2-7b", length=131072),
+        ["training.loss chunked", "training.activation_offload true"],
+    ),
+    "one sequence on several GPUs": (
+        llama("qwen2-7b", length=2**19, loss="chunked", activation_offload=True, gpus=8),
+        ["training.sp_size 4", "training.zero_stage 3"],
+    ),
 }
 
 
@@ -258,16 +272,14 @@ def test_what_cannot_fit_is_refused_and_the_advice_fits(workspace, case):
     assert "sbatch" not in done.stdout
     said = one_sentence(done.stderr)
     assert said.rpartition(" with ")[2] == ", ".join(changes), said
-    config = configuration(overrides)
-    for change in changes:
-        key, value = change.split(" ")
-        config = plan.apply(config, [{key: yaml.safe_load(value)}])
-    plan.check_fit(config)
+    stated = (change.split(" ") for change in changes)
+    mend = {key: yaml.safe_load(value) for key, value in stated}
+    plan.check_fit(plan.apply(configuration(overrides), [mend]))
 
 
 def test_where_nothing_helps_it_says_so():
-    config = configuration(llama("llama-2-70b", length=2**25, micro_batch_size=1))
-    with pytest.raises(UserError, match="nothing in the config makes it fit, because the loss"):
+    config = configuration(llama("llama-2-70b", length=2**26, batch_size=1))
+    with pytest.raises(UserError, match="nothing in the config makes it fit"):
         plan.check_fit(config)
 
 

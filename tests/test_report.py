@@ -164,7 +164,7 @@ def test_shares_are_never_rounded_to_nothing_or_all():
 
 MIX = {
     "tokens_in": 100_000, "tokens_packed": 81_920, "tails_dropped": 80, "unused_by_the_mix": 12_000,
-    "held_out": 6_000, "share_past_original": 0.7,
+    "held_out": 6_000, "duplicates": 0, "share_past_original": 0.7,
 }  # fmt: skip
 TRAINING = {"loss": [[1, 4.0], [5, 3.6], [10, 3.4], [15, 3.5]], "epochs": 1.0}
 
@@ -230,14 +230,20 @@ class Run:
                 "base_inverse_frequencies": plain,
                 "ramp_limits": None if name == "base" else [1, 4],
             }, inputs={"base": "base"})  # fmt: skip
-        held = [{"id": name, "tokens": 1000, "held_out": True} for name in DOCUMENTS]
+        held = [{"id": name, "tokens": 1000} for name in DOCUMENTS]
         self.write("tokens", "tokenise", {
-            "tokens": 100_000, "tokens_held_out": 6_000,
-            "documents": [{"id": "x", "tokens": 94_000, "held_out": False}, *held],
+            "tokens": 100_000, "tokens_held_out": 6_000, "held_out": held,
+            "duplicates_dropped": ["x/copy"], "duplicates_dropped_count": 1,
         }, inputs={"base": "base", "corpus": "corpus"})  # fmt: skip
         self.write("pack", "pack", MIX | {
             "document_masks": True, "sequence_length": 4096, "sequences": 20, "long_sequences": 16,
-            "documents_used": 1,
+            "documents": 1, "documents_used": 1, "documents_cut": 1, "long_documents": 1,
+            "long_windows": 22, "packing": "best_fit", "padding": 10, "allow_repeats": False,
+            "collections": {"x": {
+                "documents": 1, "documents_used": 1, "tokens": 94_000, "tokens_packed": 81_920,
+                "share": 1.0,
+            }},
+            "piece_lengths": [{"up_to": 4096, "pieces": 20, "tokens": 81_920}],
             "short_tokens": {"short documents and tails": 16_384, "cut from long documents": 0},
         }, {"long_share": 0.8}, {"rope": "rope/yarn", "tokens": "tokens"})  # fmt: skip
         self.write("train", "train", TRAINING | {
@@ -338,6 +344,7 @@ def test_every_key_is_documented(made):
     keys = set(report).union(*(report[part] for part in inner))
     keys |= set(report["verdict"]["checks"][0]) | set(report["held_out"][0])
     keys |= set(report["rope"]["variants"]["yarn"]) | set(report["timings"]["train"])
+    keys |= set(report["mix"]["collections"]["x"]) | set(report["mix"]["piece_lengths"][0])
     assert sorted(key for key in keys if f"`{key}`" not in text) == []
     assert [name for name in verdict.CHECKS if f"`{name}`" not in text] == []
 

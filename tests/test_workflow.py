@@ -113,7 +113,7 @@ def purge(path):
         path.unlink()
 
 
-@pytest.mark.parametrize("purged", ["base", "base/model.safetensors", "tokens/tokens.safetensors"])
+@pytest.mark.parametrize("purged", ["base", "base/model.safetensors", "tokens/index.safetensors"])
 def test_a_purged_payload_is_rebuilt_when_it_is_needed(finished_copy, purged):
     run = finished_copy.directory / "results" / "tests"
     purge(run / purged)

@@ -21,7 +21,6 @@ from longyarn import manifest
 
 MARKER = "whole.json"
 IDENTITY = "identity.json"
-CHECKPOINTS_KEPT = 2  # of each attempt; last_checkpoint says why not one
 
 
 def directory(root: Path, identity: dict) -> Path:
@@ -81,7 +80,7 @@ def last_checkpoint(work: Path, most: int | None = None) -> Path | None:
     """Return the whole checkpoint of the most steps, at most ``most``, of any attempt, or nothing.
 
     It stays in place while it is read: an attempt removes older ones only after a save of its own and
-    while none is newer (so who comes later finds that save), and of its own it keeps two.
+    while none is newer (so who comes later finds that save), and of its own it keeps two or more.
     """
     found = [path for path in checkpoints(work) if is_whole(path)]
     if most is not None:

@@ -42,3 +42,16 @@ def accumulation(training: dict) -> int:
             f"{what}) = {steps}; leave it null or mend the batch"
         )
     return steps
+
+
+def require_enough(sequences: int, length: int, wanted: int, allow_repeats: bool) -> None:
+    """Stop when training would read packed sequences again that are to be read once.
+
+    ``wanted``: the tokens that training will read.
+    """
+    if wanted > sequences * length and not allow_repeats:
+        raise UserError(
+            f"training.steps × batch_size × sequence length reads {wanted} tokens, but the pack holds "
+            f"{sequences * length}: {wanted - sequences * length} tokens are missing; bring more "
+            "documents, lower training.steps, or set mix.allow_repeats to true"
+        )

@@ -208,7 +208,13 @@ def check(config: dict) -> None:
             f"evaluation.perplexity.tokens_per_document {perplexity['tokens_per_document']} is less than "
             f"the longest length {max(perplexity['lengths'])}; raise it"
         )
-    check_corpus(config["corpus"])
+    corpus = config["corpus"]
+    if not corpus["held_out"] and not corpus["held_out_documents"]:
+        raise UserError(
+            "nothing is held out for evaluation; name documents in corpus.held_out, or how many of a "
+            "collection in corpus.held_out_documents"
+        )
+    check_corpus(corpus)
     check_training(config)
 
 
@@ -270,6 +276,7 @@ def check_training(config: dict) -> None:
     if (training["steps"] is None) == (training["epochs"] is None):
         raise UserError("state either training.steps or training.epochs, and leave the other null")
     batches.accumulation(training)
+    check_mix(config)
     if not training["gpus"] and training["precision"] == "fp16":
         raise UserError("training.precision fp16 needs a GPU; on the CPU choose bf16 or fp32")
     check_sharing(config)
@@ -293,6 +300,30 @@ def check_training(config: dict) -> None:
     if training["mode"] == "full" and extra:
         raise UserError(
             f"training.lora.{extra[0]} belongs to training.mode lora; full trains every weight anyway"
+        )
+
+
+def check_mix(config: dict) -> None:
+    """Refuse a mix that contradicts itself; what the corpus holds is known to the stage pack."""
+    mix, training = config["mix"], config["training"]
+    shares = mix["shares"]
+    if shares is not None and abs(sum(shares.values()) - 1) > 1e-6:
+        raise UserError(
+            f"mix.shares sum to {sum(shares.values()):g}; mend them so that they sum to 1"
+        )
+    for name in mix["short_from"] or []:
+        if shares is not None and not shares.get(name):
+            raise UserError(
+                f"mix.short_from names the collection {name!r}, to which mix.shares gives nothing; give "
+                "it a share or take it out"
+            )
+    if mix["token_budget"] is not None and training["steps"] is not None:
+        length = batches.sequence_length(config)
+        batches.require_enough(
+            mix["token_budget"] // length,
+            length,
+            training["steps"] * training["batch_size"] * length,
+            mix["allow_repeats"],
         )
 
 

@@ -10,11 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-from longyarn import attempts, batches, manifest
+from longyarn import batches, manifest
 from longyarn.cli import UserError
 
 # Settings that watch or keep, and change no weight: a run goes on from its checkpoint when they change.
-OBSERVING = ("logging_steps", "save_steps", "save_minutes", "held_out_steps", "report_to")
+OBSERVING = (
+    "logging_steps", "save_steps", "save_minutes", "save_total_limit", "held_out_steps", "report_to",
+)  # fmt: skip
 # Settings that say where a run takes place: its checkpoints fit no other.
 PLACEMENT = ("nodes", "gpus", "zero_stage", "sp_size", "offload", "threads")
 
@@ -123,7 +125,7 @@ def training_arguments(settings: dict, attempt: Path):
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_steps=settings["save_steps"],
-        save_total_limit=attempts.CHECKPOINTS_KEPT,
+        save_total_limit=settings["save_total_limit"],
         dataloader_num_workers=0,
         dataloader_drop_last=True,
         disable_tqdm=not sys.stderr.isatty(),

@@ -7,7 +7,7 @@ measured on a CPU; on a GPU it is unproved.
 
 from dataclasses import dataclass, field
 
-from longyarn import attempts, batches
+from longyarn import batches
 from longyarn.shapes import Shape
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a number
@@ -20,6 +20,10 @@ CUDA_CONTEXT = 1 * GIB  # CUDA, cuBLAS and NCCL themselves: an allowance, not me
 EVALUATED_AT_ONCE = 16384  # tokens of prompts in a forward pass of scripts/passkey.py
 LOGITS_AT_ONCE = 1024  # positions of logits that scripts/perplexity.py holds
 TEXT_PER_TOKEN = 5  # bytes of text, about; English has 4 to 5
+
+
+# Parts of what is written to disk that each phase of the extension has of its own.
+OF_EACH_PHASE = ("packed sequences", "checkpoints", "what is trained", "merged model")
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,9 @@ def evaluation_flops(shape: Shape, config: dict, instrument: str) -> float:
     for length in settings["lengths"]:
         if instrument == "perplexity":
             stride = settings["stride"] or length
-            taken = settings["tokens_per_document"] * len(config["corpus"]["held_out"])
+            corpus = config["corpus"]
+            documents = len(corpus["held_out"]) + sum(corpus["held_out_documents"].values())
+            taken = settings["tokens_per_document"] * documents
             tokens = taken * length / stride
         else:
             tokens = length * settings["trials"] * len(settings["depths"])
@@ -253,6 +259,11 @@ def packed_tokens(config: dict) -> int | None:
     return config["mix"]["token_budget"] or training_tokens(config)
 
 
+def stored_token(shape: Shape) -> int:
+    """Return the bytes of a token on disk, as scripts/tokenise.py stores them."""
+    return 2 if shape.vocab_size <= 1 << 16 else 4
+
+
 def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float]:
     """Return bytes on disk by part; ``base`` is the size of the base's weights where it is known."""
     training = config["training"]
@@ -268,9 +279,9 @@ def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float
     return {
         "base model": base,
         "corpus": packed * TEXT_PER_TOKEN,
-        "tokens": packed * 4,
-        "packed sequences": packed * 4,
-        "checkpoints": attempts.CHECKPOINTS_KEPT * checkpoint + width * trained,
+        "tokens": packed * stored_token(shape),
+        "packed sequences": packed * stored_token(shape),
+        "checkpoints": training["save_total_limit"] * checkpoint + width * trained,
         "what is trained": width * trained,
         "merged model": base,
     }

@@ -314,6 +314,8 @@ def mix(report: dict) -> Figure:
         ("tails dropped", facts["tails_dropped"], "vermilion"),
         ("held out", facts["held_out"], "linear"),
     ]
+    if facts["duplicates"]:
+        corpus.append(("duplicates dropped", facts["duplicates"], "yarn"))
     packed = [("long windows", facts["long_tokens"], "trained")]
     packed += [
         (name, count, colour)

@@ -16,6 +16,9 @@ from longyarn.documents import Collection
 
 # To be raised when the same settings would give other documents than before.
 VERSION = 1
+ALL_BAD = (
+    100  # when so many records at the start are all bad, the entry is wrong and not the records
+)
 
 START = {
     "shards": 0, "finished": False, "stream": None, "records_read": 0, "characters_read": 0,
@@ -127,6 +130,11 @@ def chosen(entry: dict, stream, position: dict, collection: Collection) -> Itera
             wanted = matches(record, entry["filter"])
         except records.BadRecord as error:
             collection.bad(f"{entry['repository']} record {number}", error)
+            if collection.bad_records == position["records_read"] == ALL_BAD:
+                raise UserError(
+                    f"the first {ALL_BAD} records of {entry['repository']} are all bad: record {number} "
+                    f"{error}; mend its entry in corpus.datasets"
+                ) from None
             continue
         size = records.characters(document)
         position["characters_read"] += size

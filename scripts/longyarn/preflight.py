@@ -48,8 +48,8 @@ class Run:
         return any(job.rule.name == rule for job in self.jobs)
 
     def submitted(self) -> dict[str, object]:
-        """Return one job of each rule that SLURM is to run, by the rule's name."""
-        return {job.rule.name: job for job in self.jobs if self.slurm and not job.is_local}
+        """Return one job of each rule, and phase, that SLURM is to run, by ``requests.job_name``."""
+        return {requests.job_name(job): job for job in self.jobs if self.slurm and not job.is_local}
 
 
 def of_workflow(workflow, config: dict) -> Run:
@@ -204,9 +204,9 @@ def _to_come(run: Run) -> Iterable[tuple[str, str, float]]:
         raise NotChecked("the model's size is unknown yet; set model.shape, or download it first")
     source = config["model"]["source"]
     parts = estimate.disk(shape, config)
-    for rule, places in WRITES.items():
-        if run.has(rule):
-            yield from ((key, part, parts[part]) for key, part in places)
+    for job in run.jobs:
+        sizes = estimate.disk(shape, requests.job_config(job, config))
+        yield from ((key, part, sizes[part]) for key, part in WRITES.get(job.rule.name, ()))
     if run.has("download_model"):
         # Files are linked where one disk has both places, and copied elsewhere.
         place = source if is_local(source) else config["paths"]["cache"]
@@ -301,8 +301,8 @@ def walltime(run: Run) -> str:
         raise NotChecked("no job to come is submitted to SLURM")
     limits, shape = _partition_limits(), requests.known_shape(run.config)
     told = "the model's size is unknown yet, so the minutes that training needs are too"
-    for rule, job in run.submitted().items():
-        asked = _minutes_asked(run, job)
+    for name, job in run.submitted().items():
+        rule, asked = job.rule.name, _minutes_asked(run, job)
         if not asked:
             continue
         _, partitions = shlex.split(run.slurm.get_partition_arg(job)) or ("", "")
@@ -312,16 +312,16 @@ def walltime(run: Run) -> str:
         )
         if max(asked) > limit:
             raise UserError(
-                f"{rule} asks for {max(asked)} minutes at attempt {asked.index(max(asked)) + 1}, but "
+                f"{name} asks for {max(asked)} minutes at attempt {asked.index(max(asked)) + 1}, but "
                 f"partition {partitions} gives {limit:.0f}, so it would wait for ever; set `runtime` of "
                 f"{rule} under set-resources in the profile: then each attempt asks for that"
             )
-        needed = requests.minutes(run.config, rule, shape)
+        needed = requests.minutes(requests.job_config(job, run.config), rule, shape)
         # Training goes on in the next attempt; other stages begin anew.
         given = sum(asked) if rule == "train" else max(asked)
         if needed is not None and needed > given:
             raise UserError(
-                f"{rule} needs about {needed:.0f} minutes, but its attempts give {given}; raise its "
+                f"{name} needs about {needed:.0f} minutes, but its attempts give {given}; raise its "
                 "`runtime` or `retries` in the profile, or hardware.utilisation if your GPUs do better"
             )
         if needed is not None and rule == "train":

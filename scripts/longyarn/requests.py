@@ -12,6 +12,7 @@ import yaml
 
 from longyarn import estimate, shapes
 from longyarn.cli import UserError
+from longyarn.config import phases
 from longyarn.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,9 @@ PROCESS = 1200 * MIB
 GPU_PROCESS = 4000 * MIB  # with CUDA's libraries: an allowance, not measured by us
 LEAST_MINUTES = 30  # queues are not cut so fine, and file systems can be slow
 DISK = 100e6  # bytes a second of a slow shared disk
-TOKENS = 100e3  # tokens a second of a tokenizer, about
+TOKENS = 250e3  # tokens a second of a tokenizer on one core, about
+TOKENISE_WORKERS = 8  # processes of tokenise, where there are so many cores
+WORKER = 250 * MIB  # of each of them, whatever the size of the corpus
 # A thread's operations a second, measured: training in the default run, 1.2e13 of them, took 304 s on one
 # thread of an AMD EPYC. Its matrices are small and its attention is masked; other models may reach more.
 CPU_RATE = 3.8e10
@@ -47,6 +50,16 @@ def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
         found = minutes(config, stage, shape)
         first = UNKNOWN[what] if found is None else LEAST_MINUTES + math.ceil(found)
     return round(first * GROWTH ** (attempt - 1))
+
+
+def job_name(job) -> str:
+    """Return the name of a Snakemake job's rule, behind its phase where it has one: phase-1/train."""
+    return job.wildcards.get("phase", "") + job.rule.name
+
+
+def job_config(job, config: dict) -> dict:
+    """Return the configuration of a Snakemake job's phase."""
+    return phases(config).get(job.wildcards.get("phase", ""), config)
 
 
 def sbatch_call(job, settings, **given) -> str:
@@ -108,10 +121,12 @@ def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
         return PROCESS
     if stage == "micro_base":
         return 4 * PROCESS
-    if stage in ("download_corpus", "tokenise", "pack"):
-        # The texts of the corpus; tokens in 4 bytes, the packed ones again, and a copy to write them.
-        each = {"download_corpus": 2 * estimate.TEXT_PER_TOKEN, "tokenise": 16, "pack": 16}
-        return None if tokens is None else PROCESS + each[stage] * tokens
+    if stage == "tokenise":
+        return PROCESS + TOKENISE_WORKERS * WORKER
+    if stage == "pack":
+        return PROCESS
+    if stage == "download_corpus":  # the texts of the corpus
+        return None if tokens is None else PROCESS + 2 * estimate.TEXT_PER_TOKEN * tokens
     if shape is None:
         return None
     if stage == "merge":
@@ -155,7 +170,8 @@ def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
     if stage == "micro_base":
         return 240.0
     if stage in ("download_corpus", "tokenise", "pack"):
-        return None if tokens is None else tokens / TOKENS / 60
+        workers = TOKENISE_WORKERS if stage == "tokenise" else 1
+        return None if tokens is None else tokens / TOKENS / workers / 60
     if shape is None:
         return None
     moved = 2 * shape.parameters / DISK / 60  # the weights read once

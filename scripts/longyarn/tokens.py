@@ -1,21 +1,100 @@
-"""Reading what the stage tokenise wrote."""
+"""Reading what the stage tokenise wrote: the documents' tokens, in place, by the document's number."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 
-from longyarn import manifest
+from longyarn import manifest, storage
+
+INDEX = "index.safetensors"
+TRAINING, HELD_OUT, DUPLICATE = 0, 1, 2  # what a document is for
+FILES_AT_ONCE = 256  # held open; systems allow 1024 or more
+
+
+class Tokens:
+    """The documents of a run, in the corpus's order.
+
+    ``lengths`` int64 (documents,) are their tokens, ``roles`` uint8 (documents,) say whether a document
+    is for ``TRAINING``, ``HELD_OUT`` or dropped as a ``DUPLICATE``, and ``collections`` int32 (documents,)
+    are numbers into ``collection_names``. ``conversations``: whether any document has tokens that are
+    not scored. ``dtype`` is how tokens are stored: uint16 or int32.
+
+    Tokens are read from the files when they are asked for, and not kept.
+    """
+
+    def __init__(self, manifest_path: Path) -> None:
+        record = manifest.read(manifest_path)
+        root = Path(manifest_path).parent
+        files = [root / name for name in sorted(record["files"])]
+        self.shards = [file for file in files if file.name != INDEX]
+        index = storage.read(next(file for file in files if file.name == INDEX))
+        self.lengths = np.asarray(index["lengths"])
+        self.roles = np.asarray(index["roles"])
+        self.collections = np.asarray(index["collections"])
+        self.first_of_shard = np.asarray(index["first_of_shard"])
+        self.begins = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.collection_names: list[str] = record["facts"]["collection_names"]
+        self.conversations: bool = record["facts"]["conversations"]
+        self.dtype = np.dtype(record["facts"]["dtype"])
+        self._files: OrderedDict[Path, tuple] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Return a document's tokens, int32 (n,), or ``length`` of them from ``start`` on."""
+        return self.stored(document, start, length).astype(np.int32, copy=False)
+
+    def stored(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Return tokens as ``tokens`` does, in the type in which they are stored."""
+        return self._read("tokens", document, start, length)
+
+    def scored(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray | None:
+        """Return which of the same tokens count in the loss, bool (n,); None where all of them do."""
+        shard = self._shard(document)
+        if "scored" not in self._open(self.shards[shard])[1]:
+            return None
+        return self._read("scored", document, start, length)
+
+    def id(self, document: int) -> str:
+        """Return a document's id."""
+        shard = self._shard(document)
+        stored = storage.load(self.shards[shard], "ids", "id_lengths")
+        number = document - self.first_of_shard[shard]
+        begin = int(stored["id_lengths"][:number].sum())
+        length = int(stored["id_lengths"][number])
+        return bytes(stored["ids"][begin : begin + length]).decode()
+
+    def held_out(self) -> dict[str, np.ndarray]:
+        """Return the held-out documents' tokens by id, each int32 (n,)."""
+        numbers = np.flatnonzero(self.roles == HELD_OUT)
+        return {self.id(number): self.tokens(number) for number in numbers}
+
+    def _shard(self, document: int) -> int:
+        return int(np.searchsorted(self.first_of_shard, document, side="right")) - 1
+
+    def _read(self, name: str, document: int, start: int, length: int | None) -> np.ndarray:
+        # Not memory-mapped: pages that were looked at would count as this process's memory, and packing
+        # looks at all of them.
+        shard = self._shard(document)
+        file, places = self._open(self.shards[shard])
+        place = places[name]
+        begin = self.begins[document] - self.begins[self.first_of_shard[shard]] + start
+        count = self.lengths[document] - start if length is None else length
+        file.seek(place.begin + int(begin) * place.dtype.itemsize)
+        return np.frombuffer(file.read(int(count) * place.dtype.itemsize), place.dtype)
+
+    def _open(self, path: Path) -> tuple:
+        if path in self._files:
+            self._files.move_to_end(path)
+        else:
+            if len(self._files) == FILES_AT_ONCE:
+                self._files.popitem(last=False)[1][0].close()
+            self._files[path] = open(path, "rb", buffering=0), storage.header(path)  # noqa: SIM115
+        return self._files[path]
 
 
 def held_out_documents(tokens_manifest: Path) -> dict[str, np.ndarray]:
     """Return the held-out documents' tokens by id, each int32 (n,)."""
-    from safetensors.numpy import load_file
-
-    tokens = manifest.read(tokens_manifest)
-    stored = load_file(Path(tokens_manifest).parent / next(iter(tokens["files"])))
-    offsets = stored["offsets"]
-    return {
-        document["id"]: stored["tokens"][offsets[number] : offsets[number + 1]]
-        for number, document in enumerate(tokens["facts"]["documents"])
-        if document["held_out"]
-    }
+    return Tokens(tokens_manifest).held_out()

@@ -9,14 +9,26 @@ from longyarn.cli import UserError
 from longyarn.guards import Guards
 
 
+class Intervals(transformers.TrainerCallback):
+    """Logs and saves as often as the settings say.
+
+    A checkpoint brings along the intervals of the settings that it was made with, and transformers
+    would go on with those.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take the intervals from the arguments."""
+        state.compute_steps(args, state.max_steps)
+
+
 class Trainer(transformers.Trainer):
     """transformers' Trainer; ``guards`` see each step's loss and gradient before anything is saved.
 
-    They are its first callback; ``callbacks`` come after them.
+    They come before ``callbacks``.
     """
 
     def __init__(self, *, guards: Guards, callbacks=(), **kwargs) -> None:
-        super().__init__(callbacks=[guards, *callbacks], **kwargs)
+        super().__init__(callbacks=[Intervals(), guards, *callbacks], **kwargs)
         self.guards = guards
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -333,8 +333,8 @@ def mix_warnings(figures: Figures, mix: dict) -> list[str]:
 
 
 def balance(mix: dict) -> int:
-    """Return the tokens that the mix accounts for: packed, dropped, unused and held out."""
-    parts = ("tokens_packed", "tails_dropped", "unused_by_the_mix", "held_out")
+    """Return the tokens that the mix accounts for: packed, dropped, unused, held out, duplicates."""
+    parts = ("tokens_packed", "tails_dropped", "unused_by_the_mix", "held_out", "duplicates")
     return sum(mix[part] for part in parts)
 
 
