@@ -85,7 +85,7 @@ def test_every_key_has_a_type_and_a_description():
 
 def test_a_minimal_config_gets_every_default_of_the_schema():
     filled = config.complete(MINIMAL, SCHEMA_PATH)
-    stated = {"training.steps", "corpus.held_out"}
+    stated = {"training.steps", "corpus.packages", "corpus.held_out"}
     compared = 0
     for path, sub, value in keys(SCHEMA, filled):
         if "default" in sub and "properties" not in sub and path not in stated:

@@ -93,7 +93,8 @@ class Collection:
         """Stop at a bad record, or count it where the config says so; ``name`` is without a path."""
         if not self.skip_bad:
             raise UserError(
-                f"{place} {reason}; mend it, or set corpus.skip_bad to true to pass over it"
+                f"{place} {reason}; mend it or its entry in corpus, or set corpus.skip_bad to true to pass "
+                "over such records"
             )
         self.bad_records += 1
         if len(self.bad_examples) < BAD_EXAMPLES:
