@@ -61,7 +61,7 @@ def check(arguments: argparse.Namespace) -> None:
     for entry in arguments.files:
         files.check(entry)
     for entry in arguments.datasets:
-        hub_datasets.check_revision(entry)
+        hub_datasets.check(entry)
 
 
 def read(arguments: argparse.Namespace, collections: documents.Collections) -> Iterator[dict]:

@@ -177,7 +177,6 @@ REFUSED = {
     "split": ({"split": "trein"}, "Bad split: trein. Available splits: ['train']); mend config, spl"),
     "column": ({"column": "body"}, "record 0 has no column 'body', only 'text', 'meta', 'key'; mend"),
     "repository": ({"repository": "an/other"}, "the hub did not give an/other (Dataset 'an/other' d"),
-    "revision": ({"revision": "0" * 40}, "(Revision '0000000000000000000000000000000000000000' does"),
     "null": ({"revision": None}, "corpus.datasets has no revision of an/books; fill in the commit y"),
     "files": ({"data_files": ["x/*.parquet"]}, "an/books cannot be read as asked (At least one valid"),
     "kind": ({"data_files": ["x/*.csv"]}, "name files of one kind, Parquet, Arrow or JSON Lines"),
@@ -206,7 +205,7 @@ def test_a_malformed_file_of_the_hub(hub, tmp_path):
     assert "an/set cannot be read (" in said
 
 
-# What is chosen of a stream, without a hub: the client's part is above.
+# What is chosen of a stream; the client's part is above.
 
 
 def choose(rows: list, skip_bad=False, **keys) -> tuple[list[dict], dict, Collection]:
@@ -271,3 +270,55 @@ def test_shards_end_with_the_document_that_fills_them(tmp_path):
     while documents.write_shard(tmp_path / "shard", texts, size=300):
         sizes.append(len(list(documents.read_shard(tmp_path / "shard"))))
     assert sizes == [3, 3, 1]
+
+
+# Before the first job
+
+
+def test_the_preflight_asks_for_files_and_data_sets(hub, workspace, tmp_path, books, monkeypatch):
+    for name, value in hub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    at = {"collection": "pg19", "repository": "an/books"}
+    commit = hub.dataset("an/books", books).commit
+
+    def told(files: list) -> str:
+        datasets = [at | {"revision": commit}]
+        corpus = {"packages": [], "held_out": [], "held_out_documents": {"pg19": 1}}
+        overrides = {"corpus": corpus | {"files": files, "datasets": datasets}}
+        done = workspace.snakemake("preflight", overrides=overrides, check=False)
+        assert "Traceback" not in done.stdout
+        return done.stdout
+
+    assert f"corpus: ok: an/books at {commit}" in told([])
+    assert "error: corpus.datasets has no revision of an/books; fill in the commit" in told(
+        [], None
+    )
+    missing = [{"collection": "mine", "files": "texts/*.md"}]
+    assert "error: corpus.files finds no file that matches 'texts/*.md'" in told(missing)
+
+
+def test_access_is_refused_in_one_sentence(hub, tmp_path, books):
+    """In a process of its own, because the client reads its hub's address when it starts."""
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from longyarn import cli, hub_datasets\n"
+        "for entry in json.loads(sys.argv[2]):\n"
+        "    try:\n        hub_datasets.check_access(entry)\n        print('ok')\n"
+        "    except cli.UserError as error:\n        print(error)\n"
+    )
+    repository = hub.dataset("an/books", books)
+    wrong = [entry(repository) | c for c in ({}, {"revision": "0" * 40}, {"repository": "an/no"})]
+    command = [sys.executable, "-c", code, str(ROOT / "scripts"), json.dumps(wrong)]
+
+    def said(**variables) -> list[str]:
+        environment = os.environ | hub.environment(tmp_path / "home") | variables
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    fine, revision, other = said()
+    assert fine == "ok"
+    assert revision.startswith("the hub's data set an/books has no revision 000")
+    assert other.startswith("the hub has no data set an/no, or it is private: mend corpus.datasets")
+    for line in said(HF_HUB_OFFLINE="1"):
+        assert line.startswith("the hub did not give the data set an/")
+        assert "run `snakemake prefetch` where there is a network" in line

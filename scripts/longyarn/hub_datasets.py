@@ -31,7 +31,7 @@ def read(entry: dict, collection: Collection, cache: Path) -> Iterator[dict]:
     """Yield the documents of an entry of corpus.datasets, fetched first where they are not cached."""
     from huggingface_hub.utils import WeakFileLock
 
-    check_revision(entry)
+    check(entry)
     directory = cache / key(entry, collection.skip_bad)
     directory.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(directory / "lock"):  # runs share the cache
@@ -42,13 +42,50 @@ def read(entry: dict, collection: Collection, cache: Path) -> Iterator[dict]:
         yield from documents.read_shard(directory / documents.shard_name(number))
 
 
-def check_revision(entry: dict) -> None:
-    """Refuse a data set without a revision."""
+def check(entry: dict) -> None:
+    """Refuse a data set without a revision, or files of a kind that is not read."""
+    builder_of(entry)
     if entry["revision"] is None:
         raise UserError(
             f"corpus.datasets has no revision of {entry['repository']}; fill in the commit you reviewed: "
             f"`git ls-remote https://huggingface.co/datasets/{entry['repository']} main`"
         )
+
+
+def check_access(entry: dict) -> None:
+    """Ask the hub for a data set's record at its revision, and stop when it has none for us."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    name, revision = entry["repository"], entry["revision"]
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=10)
+    except RevisionNotFoundError:
+        raise UserError(
+            f"the hub's data set {name} has no revision {revision}; mend it in corpus.datasets"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"the hub has no data set {name}, or it is private: mend corpus.datasets, or log in with "
+            "`hf auth login`"
+        ) from None
+    except (HTTPError, OSError) as error:
+        raise unreachable(name, error) from None
+
+
+def unreachable(name: str, error: Exception) -> UserError:
+    """Return the sentence for a hub that does not answer."""
+    return UserError(
+        f"the hub did not give the data set {name} ({first_line(error)}); run `snakemake prefetch` where "
+        "there is a network; what was fetched is kept"
+    )
+
+
+def is_fetched(entry: dict, skip_bad: bool, cache: Path) -> bool:
+    """Tell whether the cache has all that an entry asks for."""
+    position = cache / key(entry, skip_bad) / "position.json"
+    return position.is_file() and manifest.read_json(position)["finished"]
 
 
 def key(entry: dict, skip_bad: bool) -> str:
@@ -109,9 +146,9 @@ def open_stream(entry: dict):
 
 
 def builder_of(entry: dict) -> str:
-    """Return the reader of an entry's data_files, by their names."""
+    """Return the reader of an entry's data_files, by their names; any where it names none."""
     for ending, builder in (("parquet", "parquet"), ("arrow", "arrow"), ("json", "json")):
-        if all(f".{ending}" in pattern for pattern in entry["data_files"]):
+        if all(f".{ending}" in pattern for pattern in entry["data_files"] or []):
             return builder
     raise UserError(
         f"corpus.datasets has data_files {entry['data_files']} of {entry['repository']}; name files of "
@@ -162,16 +199,11 @@ def hub_errors(entry: dict) -> Iterator[None]:
     """Turn what the hub or the library refuses into one sentence."""
     from datasets import exceptions
     from httpx2 import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
     from pyarrow import ArrowException
 
     name = entry["repository"]
     try:
         yield
-    except RevisionNotFoundError:
-        raise UserError(
-            f"the hub's {name} has no revision {entry['revision']}; mend it in corpus.datasets"
-        ) from None
     except exceptions.DatasetNotFoundError as error:
         raise UserError(
             f"the hub did not give {name} ({first_line(error)}); mend corpus.datasets, or accept its "
@@ -189,11 +221,8 @@ def hub_errors(entry: dict) -> Iterator[None]:
             f"{name} is read by a loading script, which is not run; name its Parquet or JSONL files under "
             "data_files in corpus.datasets"
         ) from None
-    except (HTTPError, HfHubHTTPError, ConnectionError) as error:
-        raise UserError(
-            f"the hub did not give {name} ({first_line(error)}); run `snakemake prefetch` where there is "
-            "a network; what was fetched is kept"
-        ) from None
+    except (HTTPError, ConnectionError) as error:
+        raise unreachable(name, error) from None
     except ValueError as error:
         raise UserError(
             f"{name} cannot be read as asked ({first_line(error)}); mend config, split or data_files in "
