@@ -15,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import chunked_loss
+import packing_memory
+import packing_others
+import packing_speed
 import training_speed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,9 +45,9 @@ def compare(name: str, goal: str, ours: list[str], other: list[str]) -> dict:
     }
 
 
-def measured(name: str, goal: str, module, show: Callable[[float], str]) -> dict:
+def measured(name: str, goal: str, module, show: Callable[[float], str], *arguments: str) -> dict:
     """Return the row of a benchmark that is a module with ``measure``; ``show`` writes its figures."""
-    found = module.measure()
+    found = module.measure(*arguments)
     return {
         "name": name,
         "ratio": round(found["ratio"], 3),
@@ -53,6 +56,11 @@ def measured(name: str, goal: str, module, show: Callable[[float], str]) -> dict
         "other": show(found["other"]),
         "command": f"python benchmarks/{module.__name__}.py",
     }
+
+
+def speed(rate: float) -> str:
+    """Write tokens a second."""
+    return f"{rate / 1e6:.2f} M tokens/s"
 
 
 def machine() -> str:
@@ -80,6 +88,15 @@ def main() -> None:
         ),
         measured(
             "train_vs_bare_loop", ">= 0.95", training_speed, lambda rate: f"{rate:.0f} tokens/s"
+        ),
+        measured("pack_vs_encode_batch", ">= 0.85", packing_speed, speed),
+        measured("pack_vs_trl", ">= 1", packing_others, speed, "trl"),
+        measured("pack_vs_datasets_map", ">= 1", packing_others, speed, "map"),
+        measured(
+            "pack_memory_1_gb_vs_0.1_gb",
+            "<= 1.5",
+            packing_memory,
+            lambda size: f"{size / 2**20:.0f} MiB",
         ),
     ]
     for row in results:

@@ -149,6 +149,8 @@ def test_with_no_label_at_all_the_loss_is_nought():
     loss = chunked(**batch(ignored=0) | {"labels": torch.full((2, 24), -100)}).loss
     assert float(loss) == 0
     loss.backward()
+    # As the Trainer counts them, over the accumulated batch.
+    assert float(losses.normalise(torch.zeros(()), None, 97, torch.tensor(0))) == 0
 
 
 @pytest.mark.parametrize("key", list(losses.AFTER_THE_HEAD))

@@ -1,5 +1,6 @@
 """The stage tokenise: every document between bos and eos, held-out ones apart, mistakes named."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -270,6 +271,16 @@ def test_a_conversation_without_a_template(inputs):
     write_corpus(inputs, [{"id": "talk/one", "messages": TALK}, {"id": "a/b", "text": "The sun."}])
     sentence = refused(inputs, "a/b")
     assert "talk/one is a conversation, but corpus.chat_template is null; name" in sentence
+
+
+def test_a_tokenizer_that_exists_in_python_only_gives_the_same(inputs):
+    unit = tokenising.units([inputs / "corpus/documents-00000.jsonl"], inputs)[0]
+    fast = tokenise.prepare(MICRO_BASE, False, None, inputs)
+    stored = []
+    for settings in (fast, dataclasses.replace(fast, file=None)):
+        tokenising.Worker(settings).write(unit)
+        stored.append(unit.output.read_bytes())
+    assert fast.file and stored[0] == stored[1]
 
 
 def test_a_tokenizer_without_bos_adds_none(inputs, capsys):

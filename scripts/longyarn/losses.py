@@ -132,5 +132,6 @@ def normalise(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=
             "the chunked loss was given logits: the head in use is not the one it altered"
         )
     if num_items_in_batch is not None:
-        return logits / num_items_in_batch
+        # A batch of questions alone has no label.
+        return logits / max(num_items_in_batch, 1)
     return logits / (next_tokens(labels, shift_labels) != IGNORED).sum().clamp(min=1)

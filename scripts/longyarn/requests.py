@@ -24,7 +24,7 @@ GPU_PROCESS = 4000 * MIB  # with CUDA's libraries: an allowance, not measured by
 LEAST_MINUTES = 30  # queues are not cut so fine, and file systems can be slow
 DISK = 100e6  # bytes a second of a slow shared disk
 TOKENS = 250e3  # tokens a second of a tokenizer on one core, about
-TOKENISE_WORKERS = 8  # processes of tokenise, where there are so many cores
+TOKENISE_WORKERS = 4  # processes of tokenise, where there are so many cores
 ROW_GROUP = 4000 * MIB  # of Parquet, decoded: an allowance; those of books are large
 WORKER = 250 * MIB  # of each of them, whatever the size of the corpus
 # A thread's operations a second, measured: training in the default run, 1.2e13 of them, took 304 s on one
