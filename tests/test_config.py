@@ -85,7 +85,7 @@ def test_every_key_has_a_type_and_a_description():
 
 def test_a_minimal_config_gets_every_default_of_the_schema():
     filled = config.complete(MINIMAL, SCHEMA_PATH)
-    stated = {"training.steps", "corpus.held_out"}
+    stated = {"training.steps", "corpus.packages", "corpus.held_out"}
     compared = 0
     for path, sub, value in keys(SCHEMA, filled):
         if "default" in sub and "properties" not in sub and path not in stated:
@@ -148,7 +148,7 @@ MISTAKES = [
         {"corpus.packages.0.sha256": "abc"},
         "'corpus.packages[0].sha256' is \"abc\", but is not of the form asked for (SHA-256",
     ),
-    ({"corpus.packages": []}, "'corpus.packages' is [], but must not be empty"),
+    ({"corpus.packages": []}, "corpus is empty; state corpus.packages, corpus.files or corpus.dat"),
     ({"corpus.held_out": ["a", "a"]}, "must not repeat an entry"),
     ({"model.source": ""}, "'model.source' is \"\", but must not be empty"),
     ({"evaluation.passkey.lengths": 512}, "is 512, but must be a list"),
