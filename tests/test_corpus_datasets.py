@@ -205,6 +205,21 @@ def test_a_malformed_file_of_the_hub(hub, tmp_path):
     assert "an/set cannot be read (" in said
 
 
+def test_what_the_client_raises_is_one_sentence():
+    from datasets import exceptions
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    at = {"repository": "an/set"}
+    damaged = (pyarrow.ArrowInvalid("no JSON"), zstandard.ZstdError("cut"), EOFError("cut"))
+    for error in (*damaged, exceptions.DatasetGenerationError("broken")):
+        with pytest.raises(UserError, match="an/set cannot be read"), hub_datasets.hub_errors(at):
+            raise error
+    with pytest.raises(UserError, match="where there is a network"), hub_datasets.hub_errors(at):
+        raise OfflineModeIsEnabled("offline")
+    with pytest.raises(RuntimeError, match="ours"), hub_datasets.hub_errors(at):
+        raise RuntimeError("ours")
+
+
 # What is chosen of a stream; the client's part is above.
 
 

@@ -45,6 +45,7 @@ def llama(shape: str, length: int = 32768, **training) -> dict:
     return {
         "model": {"source": "owner/name", "shape": shape},
         "rope": {"target_length": length},
+        "mix": {"token_budget": None},
         "training": default | {"attention": "flash_attention_2", "loss": "stock"} | training,
         "evaluation": {"precision": "bf16", "attention": "flash_attention_2"},
     }

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from gzip import BadGzipFile
 from pathlib import Path
 
 from longyarn import documents, manifest, records
@@ -200,7 +201,9 @@ def hub_errors(entry: dict) -> Iterator[None]:
     from datasets import exceptions
     from httpx2 import HTTPError
     from pyarrow import ArrowException
+    from zstandard import ZstdError
 
+    damaged = (exceptions.DatasetsError, ArrowException, ZstdError, EOFError, BadGzipFile)
     name = entry["repository"]
     try:
         yield
@@ -209,7 +212,7 @@ def hub_errors(entry: dict) -> Iterator[None]:
             f"the hub did not give {name} ({first_line(error)}); mend corpus.datasets, or accept its "
             "terms on its page and log in with `hf auth login`"
         ) from None
-    except (exceptions.DatasetsError, ArrowException) as error:
+    except damaged as error:
         raise UserError(
             f"{name} cannot be read ({first_line(error.__cause__ or error)}); mend its entry in "
             "corpus.datasets, or name sound files under data_files"
