@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import plan  # noqa: E402
-from download_corpus import pip_settings  # noqa: E402
 from longyarn import containers  # noqa: E402
 from longyarn.cli import UserError, program  # noqa: E402
+from longyarn.packages import pip_settings  # noqa: E402
 
 RECORD = ROOT / "containers" / "images.yaml"
 

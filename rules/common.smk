@@ -9,7 +9,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from download_model import WANTED
-from longyarn import chat, containers, estimate, manifest, preflight, requests
+from longyarn import (
+    chat,
+    containers,
+    estimate,
+    files,
+    manifest,
+    preflight,
+    requests,
+)
 from longyarn.cli import UserError
 from longyarn.config import complete, phases
 from snakemake.settings.types import DeploymentMethod
@@ -138,6 +146,12 @@ def local_model_files(wildcards):
     """Return the files of a local source, so that a changed model is noticed; none for the hub."""
     source = Path(config["model"]["source"]).expanduser()
     return sorted({str(file) for pattern in WANTED for file in source.glob(pattern)})
+
+
+def local_corpus_files(wildcards):
+    """Return the local files of the corpus, so that a changed one is noticed."""
+    entries = config["corpus"]["files"]
+    return [str(file) for entry in entries for file in files.matches(entry["files"])]
 
 
 def rope_settings(wildcards):

@@ -1,7 +1,9 @@
-"""Bring the corpus. In: nothing. Out: documents as JSON Lines and a manifest."""
+"""Bring the corpus. In: nothing, or local files. Out: documents as JSON Lines in shards, and a manifest."""
 
 
 rule download_corpus:
+    input:
+        local_corpus_files,
     output:
         manifest=f"{RUN}/corpus.json",
         payload=directory(f"{RUN}/corpus"),
@@ -15,7 +17,11 @@ rule download_corpus:
     params:
         code=code("download_corpus"),
         packages=as_json(config["corpus"]["packages"]),
+        files=as_json(config["corpus"]["files"]),
+        datasets=as_json(config["corpus"]["datasets"]),
+        skip_bad="--skip-bad" if config["corpus"]["skip_bad"] else "",
         cache=config["paths"]["cache"],
     shell:
-        "python scripts/download_corpus.py --packages {params.packages} --cache {params.cache:q}"
+        "python scripts/download_corpus.py --packages {params.packages} --files {params.files}"
+        " --datasets {params.datasets} {params.skip_bad} --cache {params.cache:q}"
         " --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"

@@ -1,43 +1,67 @@
-"""Bring the corpus: documents of all its sources, as JSON Lines in shards.
+"""Bring the corpus: the documents of all its sources, as JSON Lines in shards.
 
-Packages of books are fetched by name, version and SHA-256 and read as data. The form of the shards is
-described in longyarn/documents.py.
+Sources are packages of books, fetched by name, version and SHA-256 and read as data; local files; and
+data sets of the Hugging Face hub, streamed up to a budget. longyarn/documents.py has the form of the
+shards, and packages, files and hub_datasets beside it have a reader each.
 """
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from longyarn import documents, manifest, packages
+from longyarn import documents, files, hub_datasets, manifest, packages
 from longyarn.cli import UserError, program
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--packages", type=json.loads, required=True, help="config list `corpus.packages`, as JSON"
-    )
-    parser.add_argument("--cache", type=Path, required=True, help="directory of archives")
+    for name in ("packages", "files", "datasets"):
+        parser.add_argument(
+            f"--{name}", type=json.loads, default=[], help=f"config list `corpus.{name}`, as JSON"
+        )
+    parser.add_argument("--skip-bad", action="store_true", help="count bad records and go on")
+    parser.add_argument("--cache", type=Path, required=True, help="directory of downloads")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
     parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
     arguments = parser.parse_args()
+    # Where the hub's libraries keep what they look up; the login stays where it is.
+    os.environ.setdefault("HF_HUB_CACHE", str(arguments.cache / "hub"))
+    os.environ.setdefault("HF_DATASETS_CACHE", str(arguments.cache / "datasets-library"))
 
-    collections = documents.Collections()
+    check(arguments)
+    settings = {
+        "packages": arguments.packages,
+        "files": [files.fingerprint(entry) for entry in arguments.files],
+        "datasets": arguments.datasets,
+        "skip_bad": arguments.skip_bad,
+    }
+    collections = documents.Collections(arguments.skip_bad)
     with manifest.new_directory(arguments.output) as directory:
         shards = documents.write_shards(directory, collections.keep(read(arguments, collections)))
-        if not shards:
-            raise UserError(
-                "the corpus is empty: none of its documents has text; mend corpus.packages"
-            )
+        check_found(collections)
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
-        settings={"packages": arguments.packages},
+        settings=settings,
         inputs={},
         files=[arguments.output / shard.name for shard in shards],
         facts=collections.facts(),
     )
+    for name, found in collections.found.items():
+        print(
+            f"{name}: {found.documents} documents of {found.characters} characters; left out: "
+            f"{found.empty_documents} empty, {found.bad_records} bad"
+        )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what can be seen to be wrong before anything is fetched."""
+    for entry in arguments.files:
+        files.check(entry)
+    for entry in arguments.datasets:
+        hub_datasets.check(entry)
 
 
 def read(arguments: argparse.Namespace, collections: documents.Collections) -> Iterator[dict]:
@@ -47,6 +71,24 @@ def read(arguments: argparse.Namespace, collections: documents.Collections) -> I
         for rule in package["documents"]:
             collections.open(rule["collection"], source)
         yield from packages.read(package, arguments.cache / "packages")
+    for entry in arguments.files:
+        source = f"files {files.pattern_below(entry['files'])}"
+        collection = collections.open(entry["collection"], source, entry["licence"])
+        yield from files.read(entry, collection)
+    for entry in arguments.datasets:
+        source = f"{entry['repository']} at {entry['revision']}"
+        collection = collections.open(entry["collection"], source, entry["licence"])
+        yield from hub_datasets.read(entry, collection, arguments.cache / "datasets")
+
+
+def check_found(collections: documents.Collections) -> None:
+    """Stop when a collection gave no document."""
+    for name, found in collections.found.items():
+        if not found.documents:
+            raise UserError(
+                f"collection {name} gave no document ({found.empty_documents} empty, "
+                f"{found.bad_records} bad); mend it in corpus, or take it out"
+            )
 
 
 if __name__ == "__main__":

@@ -1,30 +1,26 @@
 """Bring the base model: from a local directory, or from the Hugging Face hub at a pinned revision.
 
 Only safetensors, the configuration and the tokenizer are taken. Every file is checked: against the
-hub's SHA-256 where the hub gives one, and for being whole in any case.
+hub's hash where it comes from there, and for being whole in any case.
 """
 
 import argparse
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
-from longyarn import manifest, models
-from longyarn.cli import UserError, first_line, program, require_space
+from longyarn import hub, manifest, models
+from longyarn.cli import UserError, program, require_space
 
-WANTED = (
-    "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "chat_template*", "LICENSE*", "*.py",
-)  # fmt: skip
+# What a change of a local model is noticed by; of the tensors, those are taken that the index names.
+WANTED = (*hub.SMALL, *hub.CODE, f"*{hub.TENSORS}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", required=True, help="local directory or hub repository")
-    parser.add_argument("--revision", default="", help="hub commit, 40 hexadecimal digits")
+    parser.add_argument("--revision", default="", help="hub commit, or a branch or tag of it")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="keep the model's own code"
     )
@@ -33,12 +29,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
     arguments = parser.parse_args()
 
+    commit = None
     if is_local(arguments.source):
         source = Path(arguments.source).expanduser()
         if not source.is_dir():
             raise UserError(f"model.source {arguments.source} is not a directory; mend the path")
     else:
-        source = from_hub(arguments.source, arguments.revision, arguments.cache)
+        source, commit = from_hub(
+            arguments.source, arguments.revision, arguments.cache, arguments.trust_remote_code
+        )
     files = wanted_files(source, arguments.trust_remote_code)
     check_whole(source, files)
     config = manifest.read_json(source / "config.json")
@@ -59,7 +58,7 @@ def main() -> None:
         facts={
             "directory": arguments.output.name,
             "source": arguments.source,
-            "revision": arguments.revision or None,
+            "revision": commit,
             "trust_remote_code": arguments.trust_remote_code,
             "model_type": config.get("model_type"),
             "bytes": sum(file.stat().st_size for file in files),
@@ -72,98 +71,28 @@ def is_local(source: str) -> bool:
     return Path(source).expanduser().exists() or source.startswith(("/", ".", "~"))
 
 
-def from_hub(repository: str, revision: str, cache: Path) -> Path:
-    """Download what is wanted of a hub repository, resuming, and return the snapshot's directory."""
-    from huggingface_hub import snapshot_download
-
-    info = hub_info(repository, revision)
-    with hub_errors(repository, revision):
-        snapshot = Path(
-            snapshot_download(
-                repository, revision=revision, cache_dir=cache / "hub", allow_patterns=list(WANTED)
-            )
+def from_hub(repository: str, revision: str, cache: Path, code: bool) -> tuple[Path, str]:
+    """Return the directory and the commit of a model of the hub, brought whole into the cache."""
+    found = hub.find(repository, revision, cache)
+    if found.commit != revision:
+        print(
+            f"model.revision {revision} of {repository} is today the commit {found.commit}, which this run "
+            "has; to have it again, write it in place of the name",
+            file=sys.stderr,
         )
-    for sibling in info.siblings:
-        file = snapshot / sibling.rfilename
-        if (
-            sibling.lfs is not None
-            and file.is_file()
-            and manifest.sha256(file) != sibling.lfs.sha256
-        ):
-            file.resolve().unlink()
-            raise UserError(
-                f"{file} differs from the hub's SHA-256; run again, and if it differs again do not trust "
-                "the source"
-            )
-    return snapshot
-
-
-def hub_info(repository: str, revision: str):
-    """Return the hub's record of a repository at a revision, with the size of each file."""
-    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
-
-    if not revision:
-        raise UserError(
-            f"model.revision is needed for the hub repository {repository}: the 40 hexadecimal digits "
-            "of a commit, so that the run can be repeated (or is model.source a mistyped directory?)"
-        )
-    with hub_errors(repository, revision):
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=10)
-        if any(sibling.rfilename == "config.json" for sibling in info.siblings):
-            # Anyone sees the record of a gated repository; a file of it tells whether we may have it.
-            get_hf_file_metadata(
-                hf_hub_url(repository, "config.json", revision=revision), timeout=10
-            )
-    return info
-
-
-@contextlib.contextmanager
-def hub_errors(repository: str, revision: str) -> Iterator[None]:
-    """Turn what the hub refuses, and its absence, into one sentence."""
-    from httpx2 import HTTPError
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError:
-        raise UserError(
-            f"the hub gates {repository}: accept its licence on its page, then log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"the hub has no {repository}, or it is private: mend model.source, or log in with "
-            "`hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(
-            f"the hub's {repository} has no revision {revision}; mend model.revision"
-        ) from None
-    except HFValidationError:
-        raise UserError(
-            f"model.source {repository} is neither a directory that exists nor owner/name on the hub; "
-            "mend it"
-        ) from None
-    except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"the hub did not give {repository} at {revision} ({first_line(error)}); run `snakemake "
-            "prefetch` where there is a network, or let model.source name a directory"
-        ) from None
+    if not found.online:
+        print(f"the hub is out of reach; {repository} is taken from {cache}", file=sys.stderr)
+    return hub.bring(found, code), found.commit
 
 
 def wanted_files(source: Path, code: bool) -> list[Path]:
     """Return the files of a model directory that a run needs."""
-    files = {file for pattern in WANTED for file in source.glob(pattern) if file.is_file()}
-    if not code:
-        files = {file for file in files if file.suffix != ".py"}
+    patterns = (*hub.SMALL, *(hub.CODE if code else ()))
+    files = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
     if not any(file.name == "config.json" for file in files):
         raise UserError(f"{source} has no config.json; model.source must name a model directory")
-    return sorted(files)
+    # Not every *.safetensors: some publish their tensors twice, under other names.
+    return sorted(files | set(models.tensor_files(source)))
 
 
 def check_whole(source: Path, files: list[Path]) -> None:

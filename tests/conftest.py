@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from containers.images import cpu_image  # noqa: E402, F401, a fixture
+from hub.server import Hub  # noqa: E402
 from slurm.cluster import Cluster, unavailable  # noqa: E402
 
 # What a run reads; a copy of these is a working directory of its own.
@@ -106,6 +107,13 @@ def finished(tmp_path_factory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("finished"))
     workspace.snakemake()
     return workspace
+
+
+@pytest.fixture
+def hub():
+    """A Hugging Face hub on this machine, with nothing in it yet."""
+    with Hub() as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session")

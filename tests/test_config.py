@@ -85,7 +85,7 @@ def test_every_key_has_a_type_and_a_description():
 
 def test_a_minimal_config_gets_every_default_of_the_schema():
     filled = config.complete(MINIMAL, SCHEMA_PATH)
-    stated = {"training.steps", "corpus.held_out"}
+    stated = {"training.steps", "corpus.packages", "corpus.held_out"}
     compared = 0
     for path, sub, value in keys(SCHEMA, filled):
         if "default" in sub and "properties" not in sub and path not in stated:
@@ -139,15 +139,15 @@ MISTAKES = [
     ({"rope.factor": 1}, "'rope.factor' is 1, but must be more than 1"),
     ({"mix.long_share": 1.5}, "'mix.long_share' is 1.5, but must be at most 1"),
     (
-        {"model.revision": "main"},
-        "'model.revision' is \"main\", but is not of the form asked for (The hub commit",
+        {"model.revision": "main", "model.locked": True},
+        "model.revision main is a branch or a tag, which can move, and model.locked is true; write",
     ),
     ({"corpus.packages.0.version": 0.6}, "[0].version' is 0.6, but must be text; put it in quotes"),
     (
         {"corpus.packages.0.sha256": "abc"},
         "'corpus.packages[0].sha256' is \"abc\", but is not of the form asked for (SHA-256",
     ),
-    ({"corpus.packages": []}, "'corpus.packages' is [], but must not be empty"),
+    ({"corpus.packages": []}, "corpus is empty; state corpus.packages, corpus.files or corpus.dat"),
     ({"corpus.held_out": ["a", "a"]}, "must not repeat an entry"),
     ({"corpus.held_out": []}, "nothing is held out for evaluation; name documents in corpus.held_"),
     ({"corpus.held_out_documents": {"kjv": 0}}, "is 0, but must be at least 1"),

@@ -193,7 +193,7 @@ def test_every_file_is_excluded(tmp_path):
 
 def test_all_documents_are_blank(tmp_path):
     sentence = refused({"books/a.txt": b"\n", "books/b.txt": b" "}, tmp_path)
-    assert "the corpus is empty: none of its documents has text; mend corpus.packages" in sentence
+    assert "collection books gave no document (2 empty, 0 bad); mend it in corpus" in sentence
 
 
 def test_two_documents_of_one_name(tmp_path):

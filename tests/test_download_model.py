@@ -1,23 +1,21 @@
 """The stage download_model: what it takes, how it checks it, and what it says when it cannot."""
 
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 from stages import MICRO_BASE, bring, edit_json, one_sentence, refusal, run, small_disk
+from transformers import LlamaForCausalLM
 
 import download_model
 from longyarn import manifest
-
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -197,130 +195,233 @@ def test_an_index_without_its_map(model, tmp_path):
     assert "has no weight_map; restore it" in refused(model, tmp_path)
 
 
-# The hub: its real client, talking to a server of ours.
+# Only what is needed.
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's interface as the client asks for one repository at one revision."""
+def test_tensors_that_are_published_twice(model, tmp_path):
+    """Mistral's repositories hold all tensors once more, as consolidated.safetensors."""
+    shutil.copy(model / "model.safetensors", model / "consolidated.safetensors")
+    record = manifest.read(bring(model, tmp_path / "run"))
+    assert sorted(record["files"]) == NEEDED
 
-    files: dict[str, bytes]
 
-    def do_HEAD(self):
-        self.answer()
+def test_an_index_that_leads_elsewhere(model, tmp_path):
+    sharded(model)
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    moved = dict.fromkeys(index["weight_map"], "../other/model.safetensors")
+    edit_json(model / "model.safetensors.index.json", weight_map=moved)
+    assert "names ../other/model.safetensors, which is not beside it" in refused(model, tmp_path)
 
-    def do_GET(self):
-        self.answer()
 
-    def log_message(self, *arguments):
-        pass
-
-    def answer(self):
-        path = self.path.partition("?")[0]
-        if "gated/model" in path and "/resolve/" in path:  # its record is public
-            return self.send(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        if "no/model" in path:
-            return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        if REVISION not in path:
-            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        if "/resolve/" in path:
-            name = path.rpartition("/")[2]
-            content = self.files.get(name)
-            if content is None:
-                return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
-            return self.send(200, content, {"ETag": f'"{name}"', "X-Repo-Commit": REVISION})
-        answer = self.tree() if "/tree/" in path else self.info()
-        return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
-
-    def checksum(self, name: str, key: str) -> dict:
-        """Return what the hub says of a large file; small ones have no SHA-256 there."""
-        if not name.endswith(".safetensors"):
-            return {}
-        return {"lfs": {key: self.promised, "size": len(self.files[name]), "pointerSize": 1}}
-
-    def info(self) -> dict:
-        siblings = [
-            {
-                "rfilename": name,
-                "size": len(content),
-                "blobId": name,
-                **self.checksum(name, "sha256"),
-            }
-            for name, content in self.files.items()
-        ]
-        return {"id": "an/model", "sha": REVISION, "siblings": siblings, "private": False}
-
-    def tree(self) -> list[dict]:
-        return [
-            {"type": "file", "path": name, "size": len(content), "oid": name}
-            | self.checksum(name, "oid")
-            for name, content in self.files.items()
-        ]
-
-    def send(self, status, content, headers):
-        self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
+# The hub: its real client, talking to the server of tests/hub.
 
 
 @pytest.fixture
-def hub():
-    """Serve the micro base model as an/model; give its address and the handler's class."""
-    handler = type("Handler", (Hub,), {})
-    handler.files = {p.name: p.read_bytes() for p in MICRO_BASE.iterdir()}
-    handler.files["model.bin"] = b"not wanted"
-    handler.promised = manifest.sha256(MICRO_BASE / "model.safetensors")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    handler.address = f"http://127.0.0.1:{server.server_port}"
-    yield handler
-    server.shutdown()
-    server.server_close()
+def shards(tmp_path) -> Path:
+    """The micro base in shards, with much beside it that a run does not need."""
+    directory = tmp_path / "repository"
+    LlamaForCausalLM.from_pretrained(MICRO_BASE).save_pretrained(directory, max_shard_size="1MB")
+    for file in MICRO_BASE.iterdir():
+        if not (directory / file.name).exists() and file.name != "model.safetensors":
+            shutil.copy(file, directory)
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "code.py"):
+        (directory / name).write_bytes(b"not wanted")
+    for name in ("original", "onnx"):
+        (directory / name).mkdir()
+        (directory / name / "config.json").write_text("{}")
+        (directory / name / "model.safetensors").write_bytes(b"not wanted")
+    return directory
 
 
-def from_hub(address: str, directory: Path, source="an/model", revision=REVISION):
+@pytest.fixture
+def repository(hub, shards):
+    """The repository an/model on the hub of the test."""
+    return hub.model("an/model", shards)
+
+
+def environment(hub, directory: Path, token: str | None = None, **more) -> dict[str, str]:
+    """Return the environment of a user with nothing but this hub and, perhaps, a token."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    return clean | hub.environment(directory / "home", token) | more
+
+
+def command(directory: Path, revision: str, source: str = "an/model") -> list:
+    return [
+        sys.executable, ROOT / "scripts" / "download_model.py", "--source", source,
+        *(["--revision", revision] if revision else []), "--cache", directory / "cache",
+        "--manifest", directory / "run" / "base.json", "--output", directory / "run" / "base",
+    ]  # fmt: skip
+
+
+def from_hub(hub, directory: Path, revision: str, source="an/model", token=None, **variables):
     """Run the stage in its own process, because the client reads the hub's address at import."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(directory)}
     return subprocess.run(
-        [
-            sys.executable, ROOT / "scripts" / "download_model.py", "--source", source,
-            "--revision", revision, "--cache", directory / "cache",
-            "--manifest", directory / "base.json", "--output", directory / "base",
-        ],
-        env=environment | {"no_proxy": "127.0.0.1"},
+        command(directory, revision, source),
+        env=environment(hub, directory, token, **variables),
         capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
 
 
-def hub_refusal(done) -> str:
-    """Return the sentence after the client's progress bar."""
-    assert done.returncode == 1
+def hub_refusal(done, directory: Path) -> str:
+    """Return the sentence after the client's progress bar; nothing may be left of an output."""
+    assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
+    assert not list((directory / "run").glob("*"))
+    assert not list((directory / "cache").rglob("*.incomplete"))
     return one_sentence(done.stderr.strip().splitlines()[-1])
 
 
-def test_a_model_from_the_hub(hub, tmp_path):
-    done = from_hub(hub.address, tmp_path)
+def tensors(directory: Path) -> list[Path]:
+    """Return the shards of a model, in order."""
+    return sorted(directory.glob("model-*.safetensors"))
+
+
+def check(directory: Path, repository: Path, commit: str) -> dict:
+    """Make sure that a run has what the repository has, and nothing that is not needed."""
+    record = manifest.read(directory / "run" / "base.json")
+    brought = directory / "run" / "base"
+    assert {file.name for file in brought.iterdir()} == {
+        name.removeprefix("base/") for name in NEEDED if name != "base/model.safetensors"
+    } | {file.name for file in tensors(repository)} | {"model.safetensors.index.json"}
+    for file in brought.iterdir():
+        assert file.read_bytes() == (repository / file.name).read_bytes()
+        assert not file.is_symlink()
+    assert record["facts"]["revision"] == commit
+    return record
+
+
+def test_a_sharded_model_from_the_hub(hub, repository, shards, tmp_path):
+    assert len(tensors(shards)) > 2
+    done = from_hub(hub, tmp_path, repository.commit)
     assert done.returncode == 0, done.stderr
-    record = manifest.read(tmp_path / "base.json")
-    assert sorted(record["files"]) == NEEDED
-    assert record["facts"]["revision"] == REVISION
-    weights = tmp_path / "base" / "model.safetensors"
-    assert weights.read_bytes() == (MICRO_BASE / "model.safetensors").read_bytes()
-    assert not weights.is_symlink()
+    record = check(tmp_path, shards, repository.commit)
+    assert str(tmp_path) not in json.dumps(record)
+    for unwanted in ("pytorch_model.bin", "consolidated.safetensors", "code.py", "README.md"):
+        assert not hub.asked(unwanted)
+    assert not hub.asked("original/model.safetensors")
+    for file in tensors(shards):
+        assert hub.sent(file.name) == file.stat().st_size
+    # Once more: nothing is sent again, and the manifest is the same.
+    first = (tmp_path / "run" / "base.json").read_bytes()
+    hub.requests.clear()
+    assert from_hub(hub, tmp_path, repository.commit).returncode == 0
+    assert not any(request.sent for request in hub.requests if request.file)
+    assert (tmp_path / "run" / "base.json").read_bytes() == first
 
 
-def test_a_file_that_differs_from_the_hubs_checksum(hub, tmp_path):
-    hub.promised = "0" * 64
-    sentence = hub_refusal(from_hub(hub.address, tmp_path))
-    assert "model.safetensors differs from the hub's SHA-256; run again" in sentence
-    assert not (tmp_path / "base.json").exists()
-    hub.promised = manifest.sha256(MICRO_BASE / "model.safetensors")
-    assert from_hub(hub.address, tmp_path).returncode == 0, "the wrong file was not kept"
+def test_a_model_in_one_file_from_the_hub(hub, tmp_path):
+    commit = hub.model("an/model", MICRO_BASE).commit
+    done = from_hub(hub, tmp_path, commit)
+    assert done.returncode == 0, done.stderr
+    assert sorted(manifest.read(tmp_path / "run" / "base.json")["files"]) == NEEDED
+
+
+def test_a_cut_is_mended_within_one_run(hub, repository, shards, tmp_path):
+    hub.cut(tensors(shards)[1].name, after=1000)
+    done = from_hub(hub, tmp_path, repository.commit)
+    assert done.returncode == 0, done.stderr
+    assert "Trying to resume download" in done.stderr
+    check(tmp_path, shards, repository.commit)
+
+
+def test_a_killed_download_keeps_what_came_whole(hub, repository, shards, tmp_path):
+    """The last shard comes slowly; once the others are here the process is killed."""
+    slow = tensors(shards)[-1]
+    hub.slow(slow.name, 0.5)
+    process = subprocess.Popen(
+        command(tmp_path, repository.commit),
+        env=environment(hub, tmp_path),
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 30
+    others = [file.name for file in tensors(shards)[:-1]]
+    while not all(list((tmp_path / "cache").rglob(name)) for name in others):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert list((tmp_path / "cache").rglob("*.incomplete"))
+    assert not (tmp_path / "run" / "base.json").exists()
+    hub.heal()
+    hub.requests.clear()
+    done = from_hub(hub, tmp_path, repository.commit)
+    assert done.returncode == 0, done.stderr
+    check(tmp_path, shards, repository.commit)
+    assert hub.sent(slow.name) == slow.stat().st_size
+    assert not any(hub.asked(name) for name in others)
+    assert not list((tmp_path / "cache").rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_corrupted_byte_is_refused_and_can_be_mended(hub, repository, shards, tmp_path, large):
+    """A file in LFS has a SHA-256, any other git's own hash."""
+    name = tensors(shards)[0].name if large else "tokenizer.json"
+    hub.corrupt(name)
+    sentence = hub_refusal(from_hub(hub, tmp_path, repository.commit), tmp_path)
+    assert f"{name} of an/model differs from the hub's hash and was removed; run" in sentence
+    hub.heal()
+    done = from_hub(hub, tmp_path, repository.commit)
+    assert done.returncode == 0, done.stderr
+    check(tmp_path, shards, repository.commit)
+
+
+@pytest.mark.parametrize("grow", [-7, 7])
+def test_a_wrong_size(hub, repository, shards, tmp_path, grow):
+    name = tensors(shards)[0].name
+    hub.resize(name, grow)
+    sentence = hub_refusal(from_hub(hub, tmp_path, repository.commit), tmp_path)
+    assert "file should be of size" in sentence
+    assert "run again" in sentence
+
+
+def test_a_file_of_the_cache_that_was_spoilt(hub, repository, shards, tmp_path):
+    """Also without a network: the cache keeps the record of the hashes."""
+    assert from_hub(hub, tmp_path, repository.commit).returncode == 0
+    shutil.rmtree(tmp_path / "run")
+    name = tensors(shards)[0].name
+    (cached,) = (tmp_path / "cache").rglob(name)
+    content = bytearray(cached.read_bytes())
+    content[-1] ^= 1
+    cached.resolve().write_bytes(content)
+    done = from_hub(hub, tmp_path, repository.commit, HF_HUB_OFFLINE="1")
+    assert f"{name} of an/model differs from the hub's hash" in hub_refusal(done, tmp_path)
+    done = from_hub(hub, tmp_path, repository.commit, HF_HUB_OFFLINE="1")
+    assert f"are missing ({name})" in hub_refusal(done, tmp_path)
+    assert from_hub(hub, tmp_path, repository.commit).returncode == 0
+    check(tmp_path, shards, repository.commit)
+
+
+@pytest.mark.parametrize("revision", ["commit", "main"])
+def test_the_cache_serves_without_a_network(hub, repository, shards, tmp_path, revision):
+    commit = repository.commit
+    revision = commit if revision == "commit" else revision
+    assert from_hub(hub, tmp_path, revision).returncode == 0
+    first = (tmp_path / "run" / "base.json").read_bytes()
+    hub.requests.clear()
+    for variables in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        shutil.rmtree(tmp_path / "run")
+        done = from_hub(hub, tmp_path, revision, **variables)
+        assert done.returncode == 0, done.stderr
+        assert "the hub is out of reach; an/model is taken from" in done.stderr
+        check(tmp_path, shards, commit)
+        assert (tmp_path / "run" / "base.json").read_bytes() == first
+    assert not hub.requests
+
+
+def test_a_branch_is_resolved_and_said(hub, repository, shards, tmp_path):
+    first = repository.commit
+    (shards / "generation_config.json").write_text("{}")
+    second = repository.push(shards)
+    repository.refs["old"] = first
+    assert first != second
+    done = from_hub(hub, tmp_path, "main")
+    assert done.returncode == 0, done.stderr
+    assert f"model.revision main of an/model is today the commit {second}" in done.stderr
+    record = check(tmp_path, shards, second)
+    assert record["settings"]["revision"] == "main"
+    assert from_hub(hub, tmp_path, "old").returncode == 0
+    assert manifest.read(tmp_path / "run" / "base.json")["facts"]["revision"] == first
 
 
 def test_the_hub_without_a_revision(tmp_path):
@@ -329,28 +430,67 @@ def test_the_hub_without_a_revision(tmp_path):
     assert "mistyped directory" in sentence
 
 
+NOBODY, OTHER, MINE, MADE_UP = None, "hf_other", "hf_mine", "hf_made_up"
+
+
 @pytest.mark.parametrize(
-    ("source", "revision", "expected"),
+    ("source", "token", "expected"),
     [
-        (
-            "gated/model",
-            REVISION,
-            "accept its licence on its page, then log in with `hf auth login`",
-        ),
-        ("no/model", REVISION, "the hub has no no/model, or it is private: mend model.source"),
-        ("an/model", "f" * 40, f"an/model has no revision {'f' * 40}; mend model.revision"),
-        (
-            "a/path/mistyped",
-            REVISION,
-            "is neither a directory that exists nor owner/name on the hub",
-        ),
+        ("a/gated", NOBODY, "accept its licence on its page, then log in with `hf auth login`"),
+        ("a/gated", OTHER, "then wait for access, or use the token of an account that has it"),
+        ("a/gated", MADE_UP, "the hub does not take your token for a/gated; make a new one"),
+        ("a/gated", MINE, None),
+        ("a/private", NOBODY, "the hub has no a/private, or it is private: mend model.source"),
+        ("a/private", OTHER, "the hub has no a/private, or it is private: mend model.source"),
+        ("a/private", MINE, None),
+        ("no/model", NOBODY, "the hub has no no/model, or it is private: mend model.source, or log"),
+        ("a/path/mistyped", NOBODY, "neither a directory that exists nor owner/name on the hub"),
     ],
-)
-def test_what_the_hub_refuses(hub, tmp_path, source, revision, expected):
-    assert expected in hub_refusal(from_hub(hub.address, tmp_path, source, revision))
+)  # fmt: skip
+def test_access(hub, shards, tmp_path, source, token, expected):
+    hub.tokens.add(OTHER)
+    gated = hub.model("a/gated", shards, gated=True, readers=(MINE,))
+    private = hub.model("a/private", shards, private=True, readers=(MINE,))
+    commit = private.commit if source == "a/private" else gated.commit
+    done = from_hub(hub, tmp_path, commit, source, token)
+    if expected:
+        assert expected in hub_refusal(done, tmp_path)
+        assert not any(hub.sent(file.name) for file in shards.iterdir())
+    else:
+        assert done.returncode == 0, done.stderr
+        check(tmp_path, shards, commit)
+        assert token not in (tmp_path / "run" / "base.json").read_text() + done.stderr
 
 
-def test_the_hub_is_out_of_reach(tmp_path):
-    sentence = hub_refusal(from_hub("http://127.0.0.1:9", tmp_path))
-    assert f"the hub did not give an/model at {REVISION}" in sentence
+@pytest.mark.parametrize("revision", ["f" * 40, "no-such-branch"])
+def test_a_revision_that_is_not_there(hub, repository, tmp_path, revision):
+    sentence = hub_refusal(from_hub(hub, tmp_path, revision), tmp_path)
+    assert f"an/model has no revision {revision}; mend model.revision" in sentence
+
+
+def test_a_repository_without_safetensors(hub, shards, tmp_path):
+    for file in [*tensors(shards), shards / "model.safetensors.index.json"]:
+        file.unlink()
+    repository = hub.model("an/model", shards)
+    sentence = hub_refusal(from_hub(hub, tmp_path, repository.commit), tmp_path)
+    assert "has no model.safetensors; Longyarn loads safetensors only" in sentence
+    assert not any(request.sent for request in hub.requests if request.file)
+
+
+def test_a_repository_without_a_shard_or_a_config(hub, shards, tmp_path):
+    shard = tensors(shards)[1]
+    shard.unlink()
+    repository = hub.model("an/model", shards)
+    sentence = hub_refusal(from_hub(hub, tmp_path, repository.commit), tmp_path)
+    assert f"lacks {shard.name}, which its index names; choose another revision" in sentence
+    (shards / "config.json").unlink()
+    commit = repository.push(shards)
+    sentence = hub_refusal(from_hub(hub, tmp_path, commit), tmp_path)
+    assert "has no config.json, so it is no model that transformers reads" in sentence
+
+
+def test_the_hub_is_out_of_reach(hub, tmp_path):
+    done = from_hub(hub, tmp_path, "0" * 40, HF_ENDPOINT="http://127.0.0.1:9")
+    sentence = hub_refusal(done, tmp_path)
+    assert f"the hub did not give an/model at {'0' * 40}" in sentence
     assert "run `snakemake prefetch` where there is a network" in sentence

@@ -1,5 +1,6 @@
 """The plan before paying: what it says, what it refuses and advises, and every request to SLURM."""
 
+import concurrent.futures
 import json
 import re
 import subprocess
@@ -44,6 +45,7 @@ def llama(shape: str, length: int = 32768, **training) -> dict:
     return {
         "model": {"source": "owner/name", "shape": shape},
         "rope": {"target_length": length},
+        "mix": {"token_budget": None},
         "training": default | {"attention": "flash_attention_2", "loss": "stock"} | training,
         "evaluation": {"precision": "bf16", "attention": "flash_attention_2"},
     }
@@ -133,6 +135,50 @@ def test_presets_are_valid_fit_and_say_what_they_are(preset):
     assert "NEVER RUN ON A GPU BY US" in preset.read_text()
     for part in ("tokens", "most at once", "train", "checkpoints"):
         assert part in plan.costs(config)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_state_every_key_that_they_do_not_take_from_the_schema(preset):
+    """What a preset leaves out is the embedded default's, and that is for a micro model on a CPU."""
+    stated = yaml.safe_load(preset.read_text())
+    default = yaml.safe_load((ROOT / "config.yaml").read_text())
+    for section in ("corpus", "mix", "training"):
+        assert default[section].keys() - stated[section].keys() <= {"lora"}, section
+    assert (stated["training"]["mode"] == "lora") == ("lora" in stated["training"])
+    for source in stated["corpus"]["datasets"]:
+        assert re.fullmatch("[0-9a-f]{40}", source["revision"]) and source["licence"]
+    assert default["evaluation"].keys() == stated["evaluation"].keys()
+
+
+def test_presets_pass_a_dry_run(workspace):
+    """All of them, two at a time."""
+
+    def dry_run(preset):
+        command = [sys.executable, "-m", "snakemake", "-n", "--cores", "8", "--configfile", preset]
+        return workspace.run(command)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for preset, done in zip(PRESETS, pool.map(dry_run, PRESETS), strict=True):
+            assert "rule train:" in done.stdout, preset.name
+
+
+CORPORA = sorted((ROOT / "presets" / "corpora").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("corpus", CORPORA, ids=lambda path: path.stem)
+def test_corpora_go_on_top_of_each_preset(corpus):
+    from snakemake.utils import update_config
+
+    layer = yaml.safe_load(corpus.read_text())
+    for preset in PRESETS:
+        config = yaml.safe_load((ROOT / "config.yaml").read_text())
+        for file in (yaml.safe_load(preset.read_text()), layer):
+            update_config(config, file)
+        filled = complete(config, ROOT / "schemas/config.schema.yaml")["corpus"]
+        assert filled["datasets"][0]["collection"] == corpus.stem.replace("-", "_")
+        assert sum(filled["held_out_documents"].values()) >= 8
+        for source in filled["datasets"]:
+            assert source["revision"] and source["licence"]
 
 
 def test_the_default_is_planned_from_the_config_alone(workspace):

@@ -17,8 +17,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import ROOT, Workspace
-from stages import small_disk
-from test_download_model import REVISION, hub  # noqa: F401 - the fixture
+from stages import MICRO_BASE, small_disk
 
 from longyarn import preflight
 from longyarn.cli import UserError
@@ -106,29 +105,41 @@ def test_a_full_disk(workspace, tmp_path):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("gated/model", "the hub gates gated/model: accept its licence"),
+        ("a/gated", "the hub gates a/gated: accept its licence"),
         ("no/model", "the hub has no no/model, or it is private: mend model.source"),
         ("an/model", None),
     ],
 )
-def test_the_hub(hub, workspace, tmp_path, monkeypatch, source, expected):  # noqa: F811
+def test_the_hub(hub, workspace, tmp_path, monkeypatch, source, expected):
     for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_ENDPOINT", hub.address)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    overrides = {"model": {"source": source, "revision": REVISION, "disclosure": None}}
+    for name, value in hub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    gated = hub.model("a/gated", MICRO_BASE, gated=True)
+    model = hub.model("an/model", MICRO_BASE)
+    commit = (gated if source == "a/gated" else model).commit
+    model = {"source": source, "revision": commit, "disclosure": None}
+    overrides = {"model": model, "paths": {"cache": str(tmp_path / "cache")}}
     done = workspace.snakemake("preflight", overrides=overrides, check=False)
     if expected:
         assert done.returncode == 1
         assert f"error: {expected}" in done.stdout
         assert "Traceback" not in done.stdout
-    else:
-        assert outcomes(done)["hub"] == f"ok: an/model at {REVISION}"
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        sentence = refusal(workspace, workspace.snakemake(overrides=overrides, check=False))
-        assert f"the hub did not give an/model at {REVISION}" in sentence
-        assert "offline" in sentence and "run `snakemake prefetch`" in sentence
+        return
+    assert outcomes(done)["hub"] == f"ok: an/model at {commit}"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sentence = refusal(workspace, workspace.snakemake(overrides=overrides, check=False))
+    assert f"the hub did not give an/model at {commit}" in sentence
+    assert "offline" in sentence and "run `snakemake prefetch`" in sentence
+    # What the cache has whole needs no network.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    workspace.run([
+        sys.executable, "scripts/download_model.py", "--source", "an/model", "--revision", commit,
+        "--cache", tmp_path / "cache", "--manifest", "base.json", "--output", "base",
+    ])  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = workspace.snakemake("preflight", overrides=overrides, check=False)
+    assert outcomes(done)["hub"] == f"ok: an/model at {commit}, from the cache"
 
 
 # Single checks.

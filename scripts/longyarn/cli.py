@@ -69,20 +69,39 @@ def require_space(directory: Path, size: int, what: str) -> None:
         )
 
 
-def progress(items: Iterable, total: int, label: str, every: float = 10.0) -> Iterator:
-    """Yield ``items``, showing a bar on a terminal and a line every ``every`` seconds in a log."""
+def progress(
+    items: Iterable,
+    total: int | None,
+    label: str,
+    every: float = 10.0,
+    done: int = 0,
+    size: Callable[[object], int] = lambda item: 1,
+) -> Iterator:
+    """Yield ``items``, showing a bar on a terminal and a line every ``every`` seconds in a log.
+
+    ``total`` counts the items, or what ``size`` says of each; None where it is unknown. ``done`` of it
+    was done before.
+    """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(items, total=total, desc=label)
+        with tqdm(total=total, desc=label, initial=done, unit_scale=True) as bar:
+            for item in items:
+                yield item
+                bar.update(size(item))
         return
     start = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
+    begun = done
+    for item in items:
         yield item
+        done += size(item)
         now = time.monotonic()
-        if now - last >= every or done == total:
+        if now - last >= every or (total is not None and done >= total):
             last = now
-            print(f"{label}: {done}/{total} ({now - start:.0f} s)", file=sys.stderr, flush=True)
+            of = "" if total is None else f"/{total}"
+            left = (total or 0) - done
+            more = f", {left * (now - start) / (done - begun):.0f} s left" if left > 0 else ""
+            print(f"{label}: {done}{of} ({now - start:.0f} s{more})", file=sys.stderr, flush=True)
 
 
 def token_progress(

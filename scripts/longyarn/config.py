@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from pathlib import Path
 
 import jsonschema
@@ -46,6 +47,9 @@ def complete(config: dict, schema_path: Path) -> dict:
     schema = yaml.safe_load(Path(schema_path).read_text(encoding="utf-8"))
     filled = _with_defaults(config, schema)
     _validate(filled, schema)
+    # A file on top of another takes a collection out by null.
+    counts = filled["corpus"]["held_out_documents"]
+    filled["corpus"]["held_out_documents"] = {n: v for n, v in counts.items() if v is not None}
     check(filled)
     for name, phase in phases(filled).items():
         if name:
@@ -129,7 +133,9 @@ def _sentence(error: jsonschema.ValidationError) -> str:
     value, rule = error.instance, error.validator_value
     sentence = {
         "type": lambda: f"must be {_types(rule)}{_type_hint(value, rule)}",
-        "enum": lambda: f"must be one of {', '.join(map(str, rule))}",
+        "enum": lambda: (
+            "must be one of " + ", ".join("null" if v is None else str(v) for v in rule)
+        ),
         "minimum": lambda: f"must be at least {rule}",
         "maximum": lambda: f"must be at most {rule}",
         "exclusiveMinimum": lambda: f"must be more than {rule}",
@@ -176,6 +182,13 @@ def _purpose(schema: dict) -> str:
 
 def check(config: dict) -> None:
     """Refuse what contradicts itself across keys; what needs the model is checked by its stage."""
+    model = config["model"]
+    if model["locked"] and not re.fullmatch("[0-9a-f]{40}", model["revision"] or "0" * 40):
+        raise UserError(
+            f"model.revision {model['revision']} is a branch or a tag, which can move, and model.locked is "
+            "true; write the commit's 40 hexadecimal digits, which the manifest base.json of an earlier "
+            "run has"
+        )
     target = config["rope"]["target_length"]
     for instrument in ("perplexity", "passkey"):
         for length in config["evaluation"][instrument]["lengths"]:
@@ -201,7 +214,41 @@ def check(config: dict) -> None:
             "nothing is held out for evaluation; name documents in corpus.held_out, or how many of a "
             "collection in corpus.held_out_documents"
         )
+    check_corpus(corpus)
     check_training(config)
+
+
+def check_corpus(corpus: dict) -> None:
+    """Refuse a corpus without a source or without held-out documents, and what contradicts itself."""
+    entries = corpus["files"] + corpus["datasets"]
+    names = {rule["collection"] for package in corpus["packages"] for rule in package["documents"]}
+    if not names and not entries:
+        raise UserError("corpus is empty; state corpus.packages, corpus.files or corpus.datasets")
+    for entry in entries:
+        if entry["collection"] in names:
+            raise UserError(
+                f"two sources of corpus have the collection {entry['collection']!r}; give one another name"
+            )
+        names.add(entry["collection"])
+        asked, answered = entry["instruction_column"], entry["answer_column"]
+        if bool(asked) != bool(answered) or (entry["input_column"] and not asked):
+            raise UserError(
+                f"collection {entry['collection']!r} of corpus has part of an instruction set; state "
+                "instruction_column and answer_column, or neither"
+            )
+        if entry["messages_column"] and asked:
+            raise UserError(
+                f"collection {entry['collection']!r} of corpus states messages_column and "
+                "instruction_column; leave one null"
+            )
+    counts = corpus["held_out_documents"]
+    unknown = sorted(counts.keys() - names)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], names, n=1) or sorted(names)[:3]
+        raise UserError(
+            f"corpus.held_out_documents names the collection {unknown[0]!r}, which no source has; the "
+            f"corpus has {', '.join(near)}, and null takes a name out that another file put in"
+        )
 
 
 def check_training(config: dict) -> None:

@@ -7,33 +7,40 @@ A line is ``{"id": "collection/name", "text": …}`` or, from an instruction set
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from longyarn import manifest
 from longyarn.cli import UserError
+from longyarn.records import characters, is_empty
 
 SHARD_BYTES = 32 * 1024 * 1024
+BAD_EXAMPLES = 5  # said in the log and kept in the manifest; the others are counted
 
 
-def write_shards(
-    directory: Path, documents: Iterable[dict], first: int = 0, size: int = SHARD_BYTES
-) -> list[Path]:
-    """Write documents into shards numbered from ``first`` on; return the shards' paths.
-
-    A shard ends with the document that fills it, so a document of any length stays in one piece.
-    Without a document there is no shard.
-    """
-    shards: list[Path] = []
-    documents = iter(documents)
-    for document in documents:
-        shards.append(directory / shard_name(first + len(shards)))
-        with open(shards[-1], "wb") as shard:
-            shard.write(_line(document))
-            while shard.tell() < size and (document := next(documents, None)) is not None:
-                shard.write(_line(document))
+def write_shards(directory: Path, documents: Iterable[dict]) -> list[Path]:
+    """Write documents into shards; return the shards' paths, none without a document."""
+    documents, shards = iter(documents), []
+    while write_shard(path := directory / shard_name(len(shards)), documents):
+        shards.append(path)
     return shards
+
+
+def write_shard(path: Path, documents: Iterator[dict], size: int = SHARD_BYTES) -> bool:
+    """Write one shard; tell whether there was a document for it.
+
+    It ends with the document that fills it, so a document of any length stays in one piece.
+    """
+    first = next(documents, None)
+    if first is None:
+        return False
+    with open(path, "wb") as shard:
+        shard.write(_line(first))
+        while shard.tell() < size and (document := next(documents, None)) is not None:
+            shard.write(_line(document))
+    return True
 
 
 def _line(document: dict) -> bytes:
@@ -67,35 +74,53 @@ def read_shard(path: Path) -> Iterator[dict]:
                 raise UserError(f"{path} line {number} is not JSON ({error}); rebuild it") from None
 
 
-def characters(document: dict) -> int:
-    """Return the number of characters of a document's text or of its messages."""
-    if "text" in document:
-        return len(document["text"])
-    return sum(len(message["content"]) for message in document["messages"])
-
-
 @dataclass
 class Collection:
     """What one named source of documents gave."""
 
     source: str  # in words, for the report
-    licence: str | None = None
+    licence: str | None
+    skip_bad: bool
     documents: int = 0
     characters: int = 0
     empty_documents: int = 0
     bad_records: int = 0
+    bad_examples: list[str] = field(default_factory=list)
+    records_read: int | None = None  # of a data set, those included that a filter passes over
+    ended_by: str | None = None  # of a data set: characters, read_at_most or its end
+
+    def bad(self, place: str, reason: object, name: str | None = None) -> None:
+        """Stop at a bad record, or count it where the config says so; ``name`` is without a path."""
+        if not self.skip_bad:
+            raise UserError(
+                f"{place} {reason}; mend it or its entry in corpus, or set corpus.skip_bad to true to pass "
+                "over such records"
+            )
+        self.bad_records += 1
+        if len(self.bad_examples) < BAD_EXAMPLES:
+            self.bad_examples.append(f"{name or place} {reason}")
+            print(f"passed over: {place} {reason}", file=sys.stderr, flush=True)
+
+    def facts(self) -> dict:
+        """Return the figures, without those that this kind of source does not have."""
+        shown = asdict(self)
+        del shown["skip_bad"]
+        return {key: value for key, value in shown.items() if value not in (None, [])} | {
+            "licence": self.licence
+        }
 
 
 class Collections:
     """The collections of a corpus by name, counted while their documents pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, skip_bad: bool = False) -> None:
         self.found: dict[str, Collection] = {}
+        self._skip_bad = skip_bad
         self._ids: set[bytes] = set()
 
     def open(self, name: str, source: str, licence: str | None = None) -> Collection:
         """Return the collection of this name, made anew when it is not known yet."""
-        return self.found.setdefault(name, Collection(source, licence))
+        return self.found.setdefault(name, Collection(source, licence, self._skip_bad))
 
     def keep(self, documents: Iterable[dict]) -> Iterator[dict]:
         """Yield the documents that have text, counted; stop when two have one id."""
@@ -108,7 +133,7 @@ class Collections:
             digest = hashlib.sha256(document["id"].encode()).digest()[:16]
             if digest in self._ids:
                 raise UserError(
-                    f"two documents are named {document['id']!r}; give one another collection"
+                    f"two documents are named {document['id']!r}; give one another collection or name"
                 )
             self._ids.add(digest)
             collection.documents += 1
@@ -120,15 +145,5 @@ class Collections:
         return {
             "documents": sum(found.documents for found in self.found.values()),
             "characters": sum(found.characters for found in self.found.values()),
-            "collections": {name: asdict(found) for name, found in self.found.items()},
+            "collections": {name: found.facts() for name, found in self.found.items()},
         }
-
-
-def is_empty(document: dict) -> bool:
-    """Tell whether a document has nothing but blanks, or a conversation no answer."""
-    if "text" in document:
-        return not document["text"].strip()
-    return not any(
-        message["role"] == "assistant" and message["content"].strip()
-        for message in document["messages"]
-    )

@@ -271,6 +271,7 @@ def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float
     trained = shape.trained_parameters(training["mode"], training["lora"])
     base = base or 2 * shape.parameters
     packed = packed_tokens(config) or 0
+    budgets = sum(entry["characters"] or 0 for entry in config["corpus"]["datasets"])
     # A checkpoint: what is trained, twice (as DeepSpeed and as the Trainer save it), and in float32
     # the master copies and AdamW's two averages.
     checkpoint = trained * (2 * width + 12)
@@ -278,7 +279,7 @@ def disk(shape: Shape, config: dict, base: int | None = None) -> dict[str, float
         checkpoint += width * shape.embedding_parameters  # a tied head does not count as frozen
     return {
         "base model": base,
-        "corpus": packed * TEXT_PER_TOKEN,
+        "corpus": max(packed * TEXT_PER_TOKEN, budgets),
         "tokens": packed * stored_token(shape),
         "packed sequences": packed * stored_token(shape),
         "checkpoints": training["save_total_limit"] * checkpoint + width * trained,

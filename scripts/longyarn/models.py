@@ -94,18 +94,37 @@ def load_model(
 
 
 def load_tokenizer(model_directory: Path, trust_remote_code: bool):
-    """Return the model's tokenizer."""
+    """Return the model's tokenizer, all of whose tokens the model has embeddings for."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_directory, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # the tokenizers library raises nothing more special
         raise UserError(
             f"the tokenizer in {model_directory} cannot be loaded ({first_line(error)}); restore its "
             "files in model.source"
         ) from None
+    check_vocabulary(tokenizer, model_directory)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer, model_directory: Path) -> None:
+    """Stop when the tokenizer has a token beyond the model's embeddings.
+
+    A tokenizer with fewer tokens is common: embeddings are padded to a round number.
+    """
+    size = manifest.read_json(Path(model_directory) / "config.json").get("vocab_size")
+    largest, token = max((number, token) for token, number in tokenizer.get_vocab().items())
+    if size is not None and largest >= size:
+        raise UserError(
+            f"the tokenizer in {model_directory} has the token {token!r} with the number {largest}, where "
+            f"the model's vocabulary ends at {size - 1} (vocab_size {size} in config.json); they are of two "
+            "models, or tokens were added later, so restore the tokenizer's files in model.source"
+        )
 
 
 def torch_dtype(name: str):
@@ -155,6 +174,10 @@ def tensor_files(model_directory: Path) -> list[Path]:
         names = manifest.read_json(index).get("weight_map")
         if not names:
             raise UserError(f"{index} has no weight_map; restore it from where the model came")
+        if outside := [name for name in names.values() if "/" in name]:
+            raise UserError(
+                f"{index} names {outside[0]}, which is not beside it; restore the index"
+            )
         return [model_directory / name for name in sorted(set(names.values()))]
     single = model_directory / "model.safetensors"
     if not single.is_file():

@@ -8,7 +8,6 @@ import fnmatch
 import functools
 import operator
 import os
-import re
 import subprocess
 import sys
 import tarfile
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from longyarn import manifest
 from longyarn.cli import UserError, first_line
+from longyarn.records import clean, identifier
 
 
 def read(package: dict, cache: Path) -> Iterator[dict]:
@@ -155,16 +155,6 @@ def read_documents(members: dict[str, bytes], rule: dict) -> Iterator[tuple[str,
         for book, content in books:
             if book not in rule["exclude"]:
                 yield f"{rule['collection']}/{book}", content
-
-
-def identifier(name: str) -> str:
-    """Return a name in lower case with one underscore for each run of other characters."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-def clean(text: str) -> str:
-    """Return text with Unix line ends and without the end-of-file mark of old systems."""
-    return text.replace("\r\n", "\n").replace("\x1a", "").strip() + "\n"
 
 
 def read_pythonbible(source: str, path: str) -> list[tuple[str, str]]:

@@ -207,6 +207,8 @@ def _to_come(run: Run) -> Iterable[tuple[str, str, float]]:
     for job in run.jobs:
         sizes = estimate.disk(shape, requests.job_config(job, config))
         yield from ((key, part, sizes[part]) for key, part in WRITES.get(job.rule.name, ()))
+    if run.has("download_corpus") and config["corpus"]["datasets"]:
+        yield "cache", "data sets", parts["corpus"]
     if run.has("download_model"):
         # Files are linked where one disk has both places, and copied elsewhere.
         place = source if is_local(source) else config["paths"]["cache"]
@@ -227,8 +229,9 @@ def _device(path: str | Path) -> int:
 
 
 def hub(run: Run) -> str:
-    """The hub gives the model, where it is still to be downloaded."""
+    """The hub gives the model, where it is still to be downloaded, or the cache has it whole."""
     import download_model
+    from longyarn import hub as models_hub
 
     source, revision = run.config["model"]["source"], run.config["model"]["revision"]
     if not run.has("download_model"):
@@ -240,10 +243,37 @@ def hub(run: Run) -> str:
             )
         raise NotChecked("model.source is a directory")
     try:
-        download_model.hub_info(source, revision)
+        found = models_hub.find(source, revision, Path(run.config["paths"]["cache"]))
+        if not found.online:
+            models_hub.bring(found, code=False)
     except ModuleNotFoundError as error:
         raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
-    return f"{source} at {revision}"
+    return f"{source} at {found.commit}" + ("" if found.online else ", from the cache")
+
+
+def corpus(run: Run) -> str:
+    """Local files of the corpus are there, and the hub has its data sets at their revisions."""
+    from longyarn import files, hub_datasets
+
+    if not run.has("download_corpus"):
+        raise NotChecked("the corpus is here already")
+    settings = run.config["corpus"]
+    for entry in settings["files"]:
+        files.check(entry)
+    for entry in settings["datasets"]:
+        hub_datasets.check(entry)
+    try:
+        cache = Path(run.config["paths"]["cache"]) / "datasets"
+        for entry in settings["datasets"]:
+            if not hub_datasets.is_fetched(entry, settings["skip_bad"], cache):
+                hub_datasets.check_access(entry)
+    except ModuleNotFoundError as error:
+        raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
+    told = [entry["files"] for entry in settings["files"]]
+    told += [f"{entry['repository']} at {entry['revision']}" for entry in settings["datasets"]]
+    if not told:
+        raise NotChecked("the corpus has no local files and no data sets of the hub")
+    return ", ".join(told)
 
 
 def slurm(run: Run) -> str:
@@ -423,4 +453,13 @@ def command(run: Run) -> str:
     return "cores and rules"
 
 
-CHECKS: tuple[Callable[[Run], str], ...] = (command, image, gpus, disk, hub, slurm, walltime)
+CHECKS: tuple[Callable[[Run], str], ...] = (
+    command,
+    image,
+    gpus,
+    disk,
+    hub,
+    corpus,
+    slurm,
+    walltime,
+)

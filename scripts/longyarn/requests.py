@@ -25,6 +25,7 @@ LEAST_MINUTES = 30  # queues are not cut so fine, and file systems can be slow
 DISK = 100e6  # bytes a second of a slow shared disk
 TOKENS = 250e3  # tokens a second of a tokenizer on one core, about
 TOKENISE_WORKERS = 4  # processes of tokenise, where there are so many cores
+ROW_GROUP = 4000 * MIB  # of Parquet, decoded: an allowance; those of books are large
 WORKER = 250 * MIB  # of each of them, whatever the size of the corpus
 # A thread's operations a second, measured: training in the default run, 1.2e13 of them, took 304 s on one
 # thread of an AMD EPYC. Its matrices are small and its attention is masked; other models may reach more.
@@ -116,7 +117,7 @@ def known_shape(config: dict) -> Shape | None:
 
 def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
     """Return the bytes of host memory that a stage needs, or None where the config does not tell."""
-    training, tokens = config["training"], estimate.packed_tokens(config)
+    training = config["training"]
     if stage in ("patch_rope", "report", "download_model", "checkpoint"):
         return PROCESS
     if stage == "micro_base":
@@ -125,8 +126,8 @@ def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
         return PROCESS + TOKENISE_WORKERS * WORKER
     if stage == "pack":
         return PROCESS
-    if stage == "download_corpus":  # the texts of the corpus
-        return None if tokens is None else PROCESS + 2 * estimate.TEXT_PER_TOKEN * tokens
+    if stage == "download_corpus":  # it streams; of a data set it holds a group of rows
+        return PROCESS + (ROW_GROUP if config["corpus"]["datasets"] else 0)
     if shape is None:
         return None
     if stage == "merge":

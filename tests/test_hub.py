@@ -1,0 +1,114 @@
+"""The hub of the tests: the real clients must find in it what they find in the real one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT
+from huggingface_hub import constants
+
+SNAPSHOT = """
+import sys
+from huggingface_hub import snapshot_download
+print(snapshot_download(sys.argv[1], revision=sys.argv[2], cache_dir=sys.argv[3]))
+"""
+
+STREAM = """
+import json, sys
+from datasets import load_dataset
+for row in load_dataset(sys.argv[1], revision=sys.argv[2], split="train", streaming=True):
+    print(json.dumps(row))
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A directory with a small file, one in a folder, and one large enough for several pieces."""
+    directory = tmp_path / "tree"
+    (directory / "folder").mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    (directory / "folder" / "note.txt").write_text("A note, naïve.")
+    (directory / "weights.safetensors").write_bytes(os.urandom(300_000))
+    return directory
+
+
+def client(hub, tmp_path, code, *arguments, token=None, check=True, **variables):
+    """Run a program of the real client; return its lines."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment | hub.environment(tmp_path / "home", token) | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done.stdout.splitlines() if check else done
+
+
+def contents(directory):
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes()
+        for file in directory.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_a_snapshot_by_commit_and_by_branch(hub, tmp_path, tree):
+    repository = hub.model("an/model", tree)
+    hub.page = 2
+    for revision in (repository.commit, "main"):
+        lines = client(hub, tmp_path, SNAPSHOT, "an/model", revision, tmp_path / revision)
+        assert lines[-1].endswith(f"snapshots/{repository.commit}")
+        assert contents(ROOT / lines[-1]) == contents(tree)
+    assert any("cursor=2" in request.path for request in hub.requests)
+
+
+def test_a_cut_is_resumed_where_it_was(hub, tmp_path, tree):
+    """The client keeps what came in whole pieces of its own, of 10 MiB."""
+    piece = constants.DOWNLOAD_CHUNK_SIZE
+    (tree / "weights.safetensors").write_bytes(os.urandom(1 << 20) * 12)
+    repository = hub.model("an/model", tree)
+    hub.cut("weights.safetensors", after=piece + 1000)
+    lines = client(hub, tmp_path, SNAPSHOT, "an/model", repository.commit, tmp_path / "cache")
+    assert contents(ROOT / lines[-1]) == contents(tree)
+    first, second = hub.asked("weights.safetensors")
+    assert (first.range, first.sent) == (None, piece + 1000)
+    assert second.range == f"bytes={piece}-"
+    assert hub.sent("weights.safetensors") == (12 << 20) + 1000
+
+
+def test_access(hub, tmp_path, tree):
+    private = hub.model("a/private", tree, private=True, readers=("mine",))
+    gated = hub.model("a/gated", tree, gated=True, readers=("mine",))
+    hub.tokens.add("other")
+    for name, commit in (("a/private", private.commit), ("a/gated", gated.commit)):
+        for token in (None, "other", "unknown"):
+            done = client(
+                hub, tmp_path, SNAPSHOT, name, commit, tmp_path / "cache", token=token, check=False
+            )
+            assert done.returncode
+        client(hub, tmp_path, SNAPSHOT, name, commit, tmp_path / "cache", token="mine")
+    # The second host never sees the token; it would refuse it.
+    assert all(not request.token for request in hub.requests if request.path.startswith("/cdn"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_dataset_is_streamed(hub, tmp_path, kind, cut):
+    rows = [{"text": f"Document {number}. " * 200} for number in range(60)]
+    directory = tmp_path / "data"
+    directory.mkdir()
+    file = directory / f"train.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=10)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    repository = hub.dataset("a/corpus", directory)
+    if cut:
+        hub.cut(file.name, after=file.stat().st_size // 2)
+    lines = client(hub, tmp_path, STREAM, "a/corpus", repository.commit)
+    assert [json.loads(line) for line in lines] == rows
