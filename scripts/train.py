@@ -67,7 +67,7 @@ def main() -> None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(arguments.metrics.with_name("tensorboard"))
     training = engine.training_arguments(settings, attempt)
     transformers.set_seed(settings["seed"])
-    model = load(arguments, base["facts"])
+    model = load(arguments, base["facts"], pack["facts"]["document_masks"])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checks = guards.Guards(
         rope,
@@ -178,7 +178,7 @@ def names_of(arguments: argparse.Namespace, data: Packed, step: int) -> list[str
     return [tokens.id(number) for number in numbers]
 
 
-def load(arguments: argparse.Namespace, base: dict):
+def load(arguments: argparse.Namespace, base: dict, document_masks: bool):
     """Return the model to train: with its RoPE, its loss and, in mode lora, a fresh adapter."""
     settings = arguments.settings
     try:
@@ -186,7 +186,7 @@ def load(arguments: argparse.Namespace, base: dict):
             arguments.base.parent / base["directory"],
             arguments.rope,
             dtype="fp32" if settings["mode"] == "full" else settings["precision"],
-            attention=settings["attention"],
+            attention=engine.attention(settings, document_masks),
             trust_remote_code=base["trust_remote_code"],
         )
     except ImportError as error:

@@ -82,6 +82,15 @@ def check_heads(settings: dict, config) -> None:
         )
 
 
+def attention(settings: dict, document_masks: bool) -> str:
+    """Return transformers' attn_implementation for training."""
+    if settings["attention"] == "sdpa" and document_masks:
+        from longyarn.attention import NAME
+
+        return NAME
+    return settings["attention"]
+
+
 def deepspeed_config(settings: dict) -> dict:
     """Return DeepSpeed's configuration for these settings."""
     zero = {
