@@ -66,14 +66,15 @@ def check(found: packing.Plan, lengths: list[int], piece_length: int) -> list[np
 
 @settings(max_examples=300, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=30),
+    lengths=st.lists(st.integers(1, 100) | st.integers(1, 400), min_size=1, max_size=30)
+    | st.lists(st.integers(30, 400), min_size=20, max_size=30),
     long_share=st.sampled_from([0, 0.3, 0.5, 0.8, 1]),
     piece_length=st.integers(1, LENGTH),
-    budget=st.none() | st.integers(1, 40 * LENGTH),
+    budget=st.none() | st.integers(LENGTH, 9 * LENGTH) | st.integers(1, 40 * LENGTH),
     strategy=st.sampled_from(["concat", "best_fit"]),
     collections=st.lists(st.integers(0, 2), min_size=30, max_size=30),
-    shares=st.none() | st.tuples(*[st.integers(0, 4)] * 3).filter(sum),
-    short_from=st.none() | st.sets(st.sampled_from("abc"), min_size=1),
+    shares=st.none() | st.tuples(*[st.integers(1, 4)] * 2, st.integers(0, 4)),
+    short_from=st.none() | st.sets(st.sampled_from("abc"), min_size=2),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_token_is_accounted_for(
