@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from longyarn import adapters, losses, manifest, models  # noqa: E402
+from longyarn import adapters, engine, losses, manifest, models  # noqa: E402
 from longyarn.cli import set_up_torch  # noqa: E402
 from longyarn.sequences import Packed  # noqa: E402
 
@@ -24,8 +24,13 @@ def main(run: Path, settings: dict) -> None:
     import transformers
 
     transformers.set_seed(settings["seed"])
+    pack = manifest.read(run / "pack.json")
+    masks = pack["facts"]["document_masks"]
     model = models.load_model(
-        run / "base", run / "rope/yarn.json", dtype="fp32", attention=settings["attention"]
+        run / "base",
+        run / "rope/yarn.json",
+        dtype="fp32",
+        attention=engine.attention(settings, masks),
     )
     model.config.use_cache = False
     model = adapters.attach(model, settings["lora"])
@@ -38,8 +43,7 @@ def main(run: Path, settings: dict) -> None:
         weight_decay=settings["weight_decay"],
     )
     schedule = transformers.get_constant_schedule_with_warmup(optimizer, settings["warmup_steps"])
-    pack = manifest.read(run / "pack.json")
-    data = Packed(run / next(iter(pack["files"])), pack["facts"]["document_masks"])
+    data = Packed(run / next(iter(pack["files"])), masks)
     model.train()
     for step in range(1, settings["steps"] + 1):
         rows = range((step - 1) * settings["batch_size"], step * settings["batch_size"])

@@ -48,7 +48,7 @@ def configuration(length: int, cpu: bool, changes: dict) -> dict:
         "precision": "fp32" if cpu else "bf16", "gpus": 0 if cpu else 1, "threads": 1,
         "gradient_checkpointing": True, "lora": {"rank": 64},
     }  # fmt: skip
-    # Whole documents: sdpa's mask of documents is dense and shuts out its own flash kernel.
+    # Whole documents of full length, which cost the most.
     return small_runs.configured(length, training | changes, document_masks=False)
 
 

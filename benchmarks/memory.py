@@ -112,7 +112,9 @@ def prepare(sizes: dict, length: int, work: Path, document_masks: bool = True) -
     stage("download_model", work, "base", "--source", work / "model", "--cache", work)
     rope = json.dumps({"method": "none", "write_config": True})
     stage("patch_rope", work, "rope", "--base", work / "base.json", "--settings", rope)
-    small_runs.write_pack(work, length, sizes["vocab_size"], 2, document_masks)
+    small_runs.write_pack(
+        work, small_runs.random_ids(2, length, sizes["vocab_size"]), document_masks
+    )
 
 
 def high_water(script: str, argument: str) -> int:

@@ -26,17 +26,21 @@ def configured(length: int, training: dict, document_masks: bool = True) -> dict
     return complete(config, ROOT / "schemas" / "config.schema.yaml")
 
 
-def write_pack(
-    directory: Path, length: int, vocabulary: int, sequences: int, document_masks: bool = True
-) -> None:
-    """Write sequences of three pieces of random tokens, as the stage pack would."""
+def random_ids(sequences: int, length: int, vocabulary: int) -> np.ndarray:
+    """Return random tokens, int32 (sequences, length)."""
+    generator = np.random.default_rng(0)
+    return generator.integers(vocabulary, size=(sequences, length), dtype=np.int32)
+
+
+def write_pack(directory: Path, input_ids: np.ndarray, document_masks: bool = True) -> None:
+    """Write sequences of three pieces each, as the stage pack would."""
+    sequences, length = input_ids.shape
     pieces = [length // 2, length // 4, length // 4]
     (directory / "pack").mkdir()
     file = directory / "pack" / "pack.safetensors"
-    generator = np.random.default_rng(0)
     save_file(
         {
-            "input_ids": generator.integers(vocabulary, size=(sequences, length), dtype=np.int32),
+            "input_ids": input_ids,
             "piece_lengths": np.asarray(pieces * sequences, np.int32),
             "piece_documents": np.arange(len(pieces) * sequences, dtype=np.int32),
             "piece_offsets": np.arange(sequences + 1) * len(pieces),

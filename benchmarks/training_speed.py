@@ -1,6 +1,7 @@
 """Tokens a second of the training stage against a bare loop, on the inputs of the default run."""
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from longyarn.config import complete  # noqa: E402
 
 WARM, STEPS, ROUNDS = 2, 6, 3  # the first steps are not timed
+OUR_LINE = r"train: step .* loss ([0-9.]+)"
 
 
 def settings() -> dict:
@@ -27,16 +29,19 @@ def settings() -> dict:
     return complete(config, ROOT / "schemas" / "config.schema.yaml")["training"]
 
 
-def steps(command: list) -> tuple[float, list[str]]:
-    """Run a training; return seconds a step after the first ones, by its lines, and its losses."""
+def steps(command: list, line_of_a_step: str = OUR_LINE) -> tuple[float, list[float]]:
+    """Run a training; return seconds a step after the first ones, by its lines, and its losses.
+
+    ``line_of_a_step`` is a pattern with the loss for its group.
+    """
     times, seen = [], []
     with subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         for line in process.stdout:
-            if line.startswith("train: step "):
+            if found := re.match(line_of_a_step, line):
                 times.append(time.perf_counter())
-                seen.append(line.split(" loss ")[1].split()[0])
+                seen.append(float(found.group(1)))
     if process.returncode or len(times) != STEPS:
         raise SystemExit(f"error: {command[1]} failed or logged {len(times)} of {STEPS} steps")
     return (times[-1] - times[WARM - 1]) / (STEPS - WARM), seen
@@ -52,13 +57,15 @@ def measure() -> dict:
             stage = small_runs.train_command(RUN, Path(directory), training, rope="rope/yarn.json")
             ours, our_losses = steps(stage)
         other, other_losses = steps(bare)
-        if any(
-            abs(float(a) - float(b)) > 2e-4 for a, b in zip(our_losses, other_losses, strict=True)
-        ):
+        if any(abs(a - b) > 2e-4 for a, b in zip(our_losses, other_losses, strict=True)):
             raise SystemExit(f"error: losses differ: {our_losses} against {other_losses}")
         pairs.append((ours, other))
-    tokens = json.loads((RUN / "pack.json").read_text())["facts"]["sequence_length"]
-    tokens *= training["batch_size"]
+    return rates(pairs, training["batch_size"])
+
+
+def rates(pairs: list[tuple[float, float]], batch_size: int) -> dict:
+    """Return the medians of tokens a second and of their ratio, of pairs of seconds a step."""
+    tokens = json.loads((RUN / "pack.json").read_text())["facts"]["sequence_length"] * batch_size
     return {
         "ours": statistics.median(tokens / a for a, _ in pairs),
         "other": statistics.median(tokens / b for _, b in pairs),

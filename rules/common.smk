@@ -211,6 +211,46 @@ def evaluation_lengths():
     )
 
 
+def mix_options(wildcards):
+    """Return the options of scripts/pack.py."""
+    mix = phase_of(wildcards)["mix"]
+    return " ".join(
+        [
+            unless_null("--sequence-length", mix["sequence_length"]),
+            f"--long-share {mix['long_share']}",
+            unless_null(
+                "--shares", None if mix["shares"] is None else as_json(mix["shares"])
+            ),
+            unless_null(
+                "--short-from",
+                None if mix["short_from"] is None else shlex.join(mix["short_from"]),
+            ),
+            f"--packing {mix['packing']}",
+            unless_null("--token-budget", mix["token_budget"]),
+            "--allow-repeats" if mix["allow_repeats"] else "",
+            "--document-masks" if mix["document_masks"] else "--no-document-masks",
+            f"--seed {mix['seed']}",
+        ]
+    ).strip()
+
+
+def tokens_to_read(wildcards):
+    """Return the option of scripts/pack.py that tells how much training will read; none for epochs.
+
+    A resource, not a param: with more steps, training goes on with the same sequences.
+    """
+    settings = phase_of(wildcards)
+    if settings["training"]["steps"] is None:
+        return ""
+    return f"--read {estimate.training_tokens(settings)}"
+
+
+def chat_template_file():
+    """Return the file of the chat template, where one is named: an edited one tokenises anew."""
+    name = config["corpus"]["chat_template"]
+    return [str(chat.path_of(name))] if name else []
+
+
 def variant_inputs(wildcards):
     """Return the manifests and payloads of a variant's weights and RoPE.
 

@@ -1,39 +1,6 @@
 """Mix long and short, and pack to full length. In: tokens, RoPE. Out: training sequences."""
 
 
-def mix_options(wildcards):
-    """Return the options of scripts/pack.py."""
-    mix = phase_of(wildcards)["mix"]
-    return " ".join(
-        [
-            unless_null("--sequence-length", mix["sequence_length"]),
-            f"--long-share {mix['long_share']}",
-            "" if mix["shares"] is None else f"--shares {as_json(mix['shares'])}",
-            (
-                ""
-                if mix["short_from"] is None
-                else shlex.join(["--short-from", *mix["short_from"]])
-            ),
-            f"--packing {mix['packing']}",
-            unless_null("--token-budget", mix["token_budget"]),
-            "--allow-repeats" if mix["allow_repeats"] else "",
-            "--document-masks" if mix["document_masks"] else "--no-document-masks",
-            f"--seed {mix['seed']}",
-        ]
-    ).strip()
-
-
-def tokens_to_read(wildcards):
-    """Return the option that tells how much training will read; none where it reads what is packed.
-
-    A resource, not a param: with more steps, training goes on with the same sequences.
-    """
-    settings = phase_of(wildcards)
-    if settings["training"]["steps"] is None:
-        return ""
-    return f"--read {estimate.training_tokens(settings)}"
-
-
 rule pack:
     input:
         tokens=f"{RUN}/tokens.json",

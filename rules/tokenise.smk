@@ -3,8 +3,6 @@
 Parts that are finished lie in the work directory until all are, so a job that was stopped goes on.
 """
 
-TEMPLATE = config["corpus"]["chat_template"]
-
 
 rule tokenise:
     input:
@@ -12,7 +10,7 @@ rule tokenise:
         model=ancient(f"{RUN}/base"),
         corpus=f"{RUN}/corpus.json",
         documents=ancient(f"{RUN}/corpus"),
-        template=[str(chat.path_of(TEMPLATE))] if TEMPLATE else [],
+        template=chat_template_file(),
     output:
         manifest=f"{RUN}/tokens.json",
         payload=directory(f"{RUN}/tokens"),
@@ -28,7 +26,7 @@ rule tokenise:
         code=code("tokenise"),
         held_out=config["corpus"]["held_out"],
         held_out_documents=as_json(config["corpus"]["held_out_documents"]),
-        template=unless_null("--chat-template", TEMPLATE),
+        template=unless_null("--chat-template", config["corpus"]["chat_template"]),
         work=config["paths"]["work"],
     shell:
         "python scripts/tokenise.py --base {input.base} --corpus {input.corpus}"

@@ -4,7 +4,6 @@ The result is as that of training itself, so that it can be merged and evaluated
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from longyarn import adapters, attempts, engine, manifest
@@ -13,13 +12,7 @@ from longyarn.cli import UserError, program
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
-    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
-    parser.add_argument("--pack", type=Path, required=True, help="manifest of the packed sequences")
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="config section `training`, as JSON"
-    )
-    parser.add_argument("--work", type=Path, required=True, help="root of work directories")
+    engine.add_arguments(parser)
     parser.add_argument(
         "--trained", type=Path, required=True, help="manifest that the training will write"
     )
@@ -29,7 +22,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     base = manifest.read(arguments.base)["facts"]
-    inputs = {name: getattr(arguments, name) for name in ("base", "rope", "pack")}
+    inputs = engine.inputs(arguments)
     identity = engine.identity(arguments.settings, inputs, arguments.trained)
     work = attempts.directory(arguments.work, identity)
     mode = arguments.settings["mode"]

@@ -9,7 +9,7 @@ tokens that count in the loss.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -117,23 +117,26 @@ def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, l
     """Write the sequences of a plan, a row at a time; ``numbers`` are the documents' in ``tokens``."""
     pieces, shape = plan.pieces, (len(plan), length)
     documents = numbers[pieces.document]
+    shards, begins = tokens.places(documents, pieces.start)
 
-    def rows(read: Callable, dtype: np.dtype, label: str) -> Iterator[np.ndarray]:
+    def rows(name: str, dtype: np.dtype, label: str) -> Iterator[np.ndarray]:
         steps = ((length, length) for _ in range(len(plan)))
         progress = token_progress(steps, len(plan) * length, label)
         for _, row in zip(progress, range(len(plan)), strict=False):
-            begin, end = plan.offsets[row : row + 2]
+            these = slice(*plan.offsets[row : row + 2])
+            parts = zip(
+                documents[these].tolist(),
+                shards[these].tolist(),
+                begins[these].tolist(),
+                pieces.length[these].tolist(),
+                strict=True,
+            )
             yield np.concatenate(
                 [
                     np.zeros(count, dtype)
                     if document == packing.PADDING
-                    else read(document, start, count)
-                    for document, start, count in zip(
-                        documents[begin:end].tolist(),
-                        pieces.start[begin:end].tolist(),
-                        pieces.length[begin:end].tolist(),
-                        strict=True,
-                    )
+                    else tokens.read(name, shard, begin, count)
+                    for document, shard, begin, count in parts
                 ]
             )
 
@@ -141,12 +144,12 @@ def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, l
         "piece_lengths": pieces.length.astype(np.int32),
         "piece_documents": documents.astype(np.int32),
         "piece_offsets": plan.offsets.astype(np.int64),
-        "input_ids": storage.Stream(tokens.dtype, shape, rows(tokens.stored, tokens.dtype, "pack")),
+        "input_ids": storage.Stream(tokens.dtype, shape, rows("tokens", tokens.dtype, "pack")),
     }
     if tokens.conversations:
         scored = np.dtype(bool)
         tensors["scored"] = storage.Stream(
-            scored, shape, rows(tokens.scored, scored, "pack: what is scored")
+            scored, shape, rows("scored", scored, "pack: what is scored")
         )
     storage.write(path, tensors)
 

@@ -8,7 +8,6 @@ really hide one piece from the next.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -20,13 +19,7 @@ from longyarn.tokens import Tokens, held_out_documents
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
-    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
-    parser.add_argument("--pack", type=Path, required=True, help="manifest of the packed sequences")
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="config section `training`, as JSON"
-    )
-    parser.add_argument("--work", type=Path, required=True, help="root of work directories")
+    engine.add_arguments(parser)
     parser.add_argument("--minutes", type=float, default=60, help="minutes that the job asked for")
     parser.add_argument(
         "--minutes-are-a-limit", action="store_true", help="the job is ended after its minutes"
@@ -74,7 +67,7 @@ def main() -> None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(arguments.metrics.with_name("tensorboard"))
     training = engine.training_arguments(settings, attempt)
     transformers.set_seed(settings["seed"])
-    model = load(arguments, base["facts"])
+    model = load(arguments, base["facts"], pack["facts"]["document_masks"])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checks = guards.Guards(
         rope,
@@ -145,7 +138,7 @@ def main() -> None:
             arguments.manifest,
             script=Path(__file__),
             settings=settings,
-            inputs=inputs_of(arguments),
+            inputs=engine.inputs(arguments),
             files=files,
             facts=facts,
         )
@@ -153,17 +146,12 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def inputs_of(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Return the manifests of what a run is made from."""
-    return {name: getattr(arguments, name) for name in ("base", "rope", "pack")}
-
-
 def begin(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """Return the run's work directory and that of a new attempt in it.
 
     Refuses to begin anew what stands half done under another placement.
     """
-    whole = engine.identity(arguments.settings, inputs_of(arguments), arguments.manifest)
+    whole = engine.identity(arguments.settings, engine.inputs(arguments), arguments.manifest)
     work = attempts.directory(arguments.work, whole)
     if other := attempts.other_placement(work, whole):
         raise UserError(
@@ -190,7 +178,7 @@ def names_of(arguments: argparse.Namespace, data: Packed, step: int) -> list[str
     return [tokens.id(number) for number in numbers]
 
 
-def load(arguments: argparse.Namespace, base: dict):
+def load(arguments: argparse.Namespace, base: dict, document_masks: bool):
     """Return the model to train: with its RoPE, its loss and, in mode lora, a fresh adapter."""
     settings = arguments.settings
     try:
@@ -198,7 +186,7 @@ def load(arguments: argparse.Namespace, base: dict):
             arguments.base.parent / base["directory"],
             arguments.rope,
             dtype="fp32" if settings["mode"] == "full" else settings["precision"],
-            attention=settings["attention"],
+            attention=engine.attention(settings, document_masks),
             trust_remote_code=base["trust_remote_code"],
         )
     except ImportError as error:

@@ -149,6 +149,22 @@ MISTAKES = [
     ),
     ({"corpus.packages": []}, "corpus is empty; state corpus.packages, corpus.files or corpus.dat"),
     ({"corpus.held_out": ["a", "a"]}, "must not repeat an entry"),
+    ({"corpus.held_out": []}, "nothing is held out for evaluation; name documents in corpus.held_"),
+    ({"corpus.held_out_documents": {"kjv": 0}}, "is 0, but must be at least 1"),
+    (
+        {"mix.shares": {"kjv": 0.5, "milton": 0.4}},
+        "mix.shares sum to 0.9; mend them so that they sum",
+    ),
+    ({"mix.shares": {"kjv": 1.5}}, "is 1.5, but must be at most 1"),
+    (
+        {"mix.shares": {"kjv": 1}, "mix.short_from": ["milton"]},
+        "mix.short_from names the collection 'milton', to which mix.shares gives nothing",
+    ),
+    ({"mix.packing": "first_fit"}, "must be one of concat, best_fit"),
+    (
+        {"training.steps": 100},
+        "reads 819200 tokens, but the pack holds 614400: 204800 tokens are m",
+    ),
     ({"model.source": ""}, "'model.source' is \"\", but must not be empty"),
     ({"evaluation.passkey.lengths": 512}, "is 512, but must be a list"),
     ({"evaluation.passkey.lengths": [512, "x"]}, "'evaluation.passkey.lengths[1]' is \"x\""),

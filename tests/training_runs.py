@@ -34,7 +34,7 @@ def make_inputs(directory: Path, masks: bool = True) -> Path:
         patch_rope, "--base", base, "--settings", rope,
         "--manifest", directory / "rope.json", "--output", directory / "rope",
     )  # fmt: skip
-    small_runs.write_pack(directory, LENGTH, 500, BATCH * STEPS, masks)
+    small_runs.write_pack(directory, small_runs.random_ids(BATCH * STEPS, LENGTH, 500), masks)
     return directory
 
 

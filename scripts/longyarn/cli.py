@@ -118,7 +118,7 @@ def token_progress(
         with tqdm(
             total=total,
             desc=label,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix} {remaining} left",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
         ) as bar:
             for amount, count in parts:
                 yield amount, count

@@ -280,6 +280,16 @@ def check_training(config: dict) -> None:
     if not training["gpus"] and training["precision"] == "fp16":
         raise UserError("training.precision fp16 needs a GPU; on the CPU choose bf16 or fp32")
     check_sharing(config)
+    if (
+        config["mix"]["document_masks"]
+        and training["attention"] == "flash_attention_2"
+        and training["micro_batch_size"] > 1
+    ):
+        # transformers would let the documents of such a batch see one another, without a word.
+        raise UserError(
+            f"mix.document_masks with training.attention flash_attention_2 needs micro_batch_size 1, not "
+            f"{training['micro_batch_size']}; set it, which changes nothing else"
+        )
     if training["loss"] == "liger" and not training["gpus"]:
         raise UserError("training.loss liger needs a GPU; on the CPU choose chunked")
     if training["offload"] == "all" and training["zero_stage"] != 3:

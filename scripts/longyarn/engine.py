@@ -4,8 +4,10 @@ FSDP2 is no second engine here: transformers checkpoints it through torch.distri
 files, world sizes and marker are others, and none of the guards below has been shown to hold for it.
 """
 
+import argparse
 import functools
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +21,22 @@ OBSERVING = (
 )  # fmt: skip
 # Settings that say where a run takes place: its checkpoints fit no other.
 PLACEMENT = ("nodes", "gpus", "zero_stage", "sp_size", "offload", "threads")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which run it is."""
+    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
+    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
+    parser.add_argument("--pack", type=Path, required=True, help="manifest of the packed sequences")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="config section `training`, as JSON"
+    )
+    parser.add_argument("--work", type=Path, required=True, help="root of work directories")
+
+
+def inputs(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Return the manifests of what a run is made from."""
+    return {name: getattr(arguments, name) for name in ("base", "rope", "pack")}
 
 
 def identity(settings: dict, inputs: dict[str, Path], trained: Path) -> dict:
@@ -62,6 +80,15 @@ def check_heads(settings: dict, config) -> None:
             f"training.sp_size {count} cannot share {heads} attention heads with {keys} of keys and "
             "values; choose a divisor of both"
         )
+
+
+def attention(settings: dict, document_masks: bool) -> str:
+    """Return transformers' attn_implementation for training."""
+    if settings["attention"] == "sdpa" and document_masks:
+        from longyarn.attention import NAME
+
+        return NAME
+    return settings["attention"]
 
 
 def deepspeed_config(settings: dict) -> dict:

@@ -39,7 +39,6 @@ class Setup:
     processes: int = 1
     gradient_checkpointing: bool = True
     attention: str = "sdpa"
-    document_masks: bool = True
     on_gpu: bool = True
     offload_weights: bool = False
     offload_optimizer: bool = False
@@ -55,7 +54,6 @@ class Setup:
             length=batches.sequence_length(config),
             micro_batch=training["micro_batch_size"],
             processes=batches.processes(training),
-            document_masks=config["mix"]["document_masks"],
             on_gpu=training["gpus"] > 0,
             offload_weights=training["offload"] == "all",
             offload_optimizer=training["offload"] != "none",
@@ -150,8 +148,7 @@ def activations(shape: Shape, setup: Setup) -> tuple[float, float, float]:
     tokens = setup.micro_batch * length / setup.sequence_parallel
     hidden, middle, queries = shape.hidden_size, shape.intermediate_size, shape.attention_size
     dense = setup.attention == "eager"
-    masked = setup.attention == "sdpa" and setup.document_masks
-    keys = queries if dense or masked else shape.key_value_size  # repeated for each head, or not
+    keys = queries if dense else shape.key_value_size  # repeated for each head, or not
 
     # Numbers kept of a token, in float32: the inputs of the two norms.
     norms = 2 * hidden + shape.qk_norm * (queries + keys)
@@ -166,14 +163,9 @@ def activations(shape: Shape, setup: Setup) -> tuple[float, float, float]:
     layer = tokens * (4 * norms + width * numbers)
     # Gradients on their way through the MLP, or through the dense attention.
     moving = tokens * width * (2 * middle + hidden)
-    pairs = setup.micro_batch * length**2  # of positions; SDPA's mask is one for all heads
-    shared, largest = 0.0, tokens * width * middle
-    if masked:
-        shared = pairs  # one byte each, for all layers; in each layer a copy in the model's type
-        layer += width * pairs
-        largest = max(largest, width * pairs)
+    largest = tokens * width * middle
     if dense:
-        scores = pairs * shape.num_attention_heads / setup.sequence_parallel
+        scores = setup.micro_batch * length**2 * shape.num_attention_heads / setup.sequence_parallel
         layer += scores * (4 + width * (width < 4))  # softmax in float32, and cast
         moving = max(moving, 2 * 4 * scores)
         largest = max(largest, 4 * scores)
@@ -181,8 +173,8 @@ def activations(shape: Shape, setup: Setup) -> tuple[float, float, float]:
     if setup.gradient_checkpointing:
         # On a CPU what is offloaded stays where it was.
         inputs = tokens * hidden * width * (not (setup.offload_activations and setup.on_gpu))
-        return shape.num_hidden_layers * inputs + shared + last, layer + moving, largest
-    return shape.num_hidden_layers * layer + shared + last, moving, largest
+        return shape.num_hidden_layers * inputs + last, layer + moving, largest
+    return shape.num_hidden_layers * layer + last, moving, largest
 
 
 def evaluation_memory(shape: Shape, evaluation: dict, on_gpu: bool) -> tuple[float, float]:

@@ -52,7 +52,7 @@ class Guards(TrainerCallback):
         models.check_rotation(model, self.rope)
         self.passed["inverse_frequencies_float32"] = True
         if self.document_masks:
-            self.passed["document_mask_leak"] = check_masks(model)
+            self.passed["document_mask_leak"] = check_masks(model, args.per_device_train_batch_size)
 
     def saw_loss(self, loss: torch.Tensor) -> None:
         """Take note of a micro-batch's loss; it stays on its device, so nothing waits for it."""
@@ -129,19 +129,20 @@ def diverges(losses: list[float]) -> bool:
     return fmean(losses[-COMPARED:]) > 1.1 * fmean(losses[:COMPARED])
 
 
-def check_masks(model, length: int = 16) -> float:
+def check_masks(model, micro_batch_size: int = 1, length: int = 16) -> float:
     """Stop unless a piece's logits are the same packed behind another and alone; return the leak.
 
     The leak is the largest difference of logits relative to the largest logit. Masks have several
-    silent off-switches (an attention_mask passed, a cache in use, some attention kernels), so this
-    looks at what the model does.
+    silent off-switches (an attention_mask passed, a cache in use, some attention kernels, more than one
+    sequence for others), so this looks at what the model does, with ``micro_batch_size`` sequences.
     """
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    first, second = torch.randint(vocabulary, (2, 1, length), generator=generator).to(model.device)
-    alone_positions = torch.arange(length, device=model.device)[None]
+    size = (2, micro_batch_size, length)
+    first, second = torch.randint(vocabulary, size, generator=generator).to(model.device)
+    alone_positions = torch.arange(length, device=model.device).expand(micro_batch_size, length)
     both = torch.cat([first, second], dim=1)
     both_positions = torch.cat([alone_positions, alone_positions], dim=1)
     with torch.no_grad():

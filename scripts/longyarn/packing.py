@@ -260,7 +260,7 @@ def make_plan(
     return Plan(
         pieces=packed.pieces,
         offsets=packed.offsets,
-        long_sequences=sum(long_count for long_count, _ in counts),
+        long_sequences=sum(number for number, _ in counts),
         long_documents=int((lengths >= sequence_length).sum()),
         long_windows=len(windows),
         tails_dropped=packed.tail,
@@ -316,13 +316,15 @@ def apportioned(count: int, long_share: float, sources: Sources) -> list[tuple[i
             number if name in sources.short_from else 0
             for name, number in zip(sources.shares, of_each, strict=True)
         ]
-        if sum(gives) < count - long:
+        share = sum(sources.shares.get(name, 0) for name in sources.short_from)
+        if share < 1 - long_share - 1e-9:
             raise UserError(
-                f"mix.long_share {long_share:g} leaves {count - long} of {count} sequences to the short "
-                f"part, but by mix.shares the collections of mix.short_from have {sum(gives)}; raise "
-                "their shares or mix.long_share"
+                f"mix.long_share {long_share:g} leaves {1 - long_share:g} of the tokens to the short "
+                f"part, but by mix.shares the collections of mix.short_from have {share:g}; raise their "
+                "shares or mix.long_share"
             )
-        shorts = whole_parts(gives, count - long)
+        # Rounded, they may have less than the short part by a sequence.
+        shorts = whole_parts(gives, min(count - long, sum(gives)))
         longs = [number - short for number, short in zip(of_each, shorts, strict=True)]
     return [(own, number - own) for own, number in zip(longs, of_each, strict=True)]
 

@@ -1,5 +1,6 @@
 """Reading what the stage tokenise wrote: the documents' tokens, in place, by the document's number."""
 
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -37,29 +38,46 @@ class Tokens:
         self.collection_names: list[str] = record["facts"]["collection_names"]
         self.conversations: bool = record["facts"]["conversations"]
         self.dtype = np.dtype(record["facts"]["dtype"])
-        self._files: OrderedDict[Path, tuple] = OrderedDict()
+        self._files: OrderedDict[int, tuple] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Return a document's tokens, int32 (n,), or ``length`` of them from ``start`` on."""
-        return self.stored(document, start, length).astype(np.int32, copy=False)
-
-    def stored(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
-        """Return tokens as ``tokens`` does, in the type in which they are stored."""
-        return self._read("tokens", document, start, length)
+        found = self._part("tokens", document, start, length)
+        return found.astype(np.int32, copy=False)
 
     def scored(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray | None:
         """Return which of the same tokens count in the loss, bool (n,); None where all of them do."""
-        shard = self._shard(document)
-        if "scored" not in self._open(self.shards[shard])[1]:
+        shard, _ = self.places(document, start)
+        if "scored" not in self._open(int(shard))[1]:
             return None
-        return self._read("scored", document, start, length)
+        return self._part("scored", document, start, length)
+
+    def places(self, documents, starts) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shards of tokens of documents, and the tokens' numbers in them.
+
+        For one document and the number of a token in it, or for arrays of them.
+        """
+        shards = np.searchsorted(self.first_of_shard, documents, side="right") - 1
+        return shards, self.begins[documents] - self.begins[self.first_of_shard[shards]] + starts
+
+    def read(self, name: str, shard: int, begin: int, length: int) -> np.ndarray:
+        """Return ``length`` of a shard's ``tokens`` as they are stored, or which are ``scored``."""
+        # Not memory-mapped: pages that were looked at would count as this process's memory, and packing
+        # looks at all of them.
+        file, places = self._open(shard)
+        if name not in places:
+            return np.ones(length, bool)
+        place = places[name]
+        width = place.dtype.itemsize
+        found = os.pread(file.fileno(), length * width, place.begin + begin * width)
+        return np.frombuffer(found, place.dtype)
 
     def id(self, document: int) -> str:
         """Return a document's id."""
-        shard = self._shard(document)
+        shard = int(self.places(document, 0)[0])
         stored = storage.load(self.shards[shard], "ids", "id_lengths")
         number = document - self.first_of_shard[shard]
         begin = int(stored["id_lengths"][:number].sum())
@@ -71,28 +89,20 @@ class Tokens:
         numbers = np.flatnonzero(self.roles == HELD_OUT)
         return {self.id(number): self.tokens(number) for number in numbers}
 
-    def _shard(self, document: int) -> int:
-        return int(np.searchsorted(self.first_of_shard, document, side="right")) - 1
-
-    def _read(self, name: str, document: int, start: int, length: int | None) -> np.ndarray:
-        # Not memory-mapped: pages that were looked at would count as this process's memory, and packing
-        # looks at all of them.
-        shard = self._shard(document)
-        file, places = self._open(self.shards[shard])
-        place = places[name]
-        begin = self.begins[document] - self.begins[self.first_of_shard[shard]] + start
+    def _part(self, name: str, document: int, start: int, length: int | None) -> np.ndarray:
+        shard, begin = self.places(document, start)
         count = self.lengths[document] - start if length is None else length
-        file.seek(place.begin + int(begin) * place.dtype.itemsize)
-        return np.frombuffer(file.read(int(count) * place.dtype.itemsize), place.dtype)
+        return self.read(name, int(shard), int(begin), int(count))
 
-    def _open(self, path: Path) -> tuple:
-        if path in self._files:
-            self._files.move_to_end(path)
+    def _open(self, shard: int) -> tuple:
+        if shard in self._files:
+            self._files.move_to_end(shard)
         else:
             if len(self._files) == FILES_AT_ONCE:
                 self._files.popitem(last=False)[1][0].close()
-            self._files[path] = open(path, "rb", buffering=0), storage.header(path)  # noqa: SIM115
-        return self._files[path]
+            path = self.shards[shard]
+            self._files[shard] = open(path, "rb", buffering=0), storage.header(path)  # noqa: SIM115
+        return self._files[shard]
 
 
 def held_out_documents(tokens_manifest: Path) -> dict[str, np.ndarray]:
