@@ -163,6 +163,9 @@ def test_killed_and_started_again_it_goes_on_after_its_last_shard(hub, tmp_path)
     assert facts(tmp_path)["records_read"] == 72
     assert not hub.asked("data/train-00001-of-00006.parquet"), "what was taken is not fetched again"
     assert hub.asked("data/train-00004-of-00006.parquet")
+    assert hub_datasets.last_position(position.parent)["finished"]
+    shard.unlink()
+    assert hub_datasets.last_position(position.parent) == hub_datasets.START
 
 
 def refused(hub, directory: Path, wrong: dict, skip_bad=False) -> str:
