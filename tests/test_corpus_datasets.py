@@ -308,9 +308,6 @@ def test_the_preflight_asks_for_files_and_data_sets(hub, workspace, tmp_path, bo
         return done.stdout
 
     assert f"corpus: ok: an/books at {commit}" in told([])
-    assert "error: corpus.datasets has no revision of an/books; fill in the commit" in told(
-        [], None
-    )
     missing = [{"collection": "mine", "files": "texts/*.md"}]
     assert "error: corpus.files finds no file that matches 'texts/*.md'" in told(missing)
 
