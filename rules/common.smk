@@ -134,7 +134,7 @@ def as_json(value):
 
 def unless_null(flag, value):
     """Return a command-line option, or nothing where the config says null."""
-    return "" if value is None else f"{flag} {value}"
+    return "" if value is None else f"{flag} {shlex.quote(str(value))}"
 
 
 def by_name(directory, names):

@@ -167,7 +167,9 @@ def copy_rest(source: Path, directory: Path, rope: dict) -> None:
         if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, directory / file.name)
     config = manifest.read_json(source / "config.json")
-    config = patched_config(config, rope["rope_parameters"], rope["max_position_embeddings"])
+    config = patched_config(
+        config, rope["rope_parameters"], rope["max_position_embeddings"], rope["full_attention"]
+    )
     manifest.write_json(directory / "config.json", config)
     tokenizer = directory / "tokenizer_config.json"
     if tokenizer.is_file():

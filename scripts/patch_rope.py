@@ -6,7 +6,9 @@ that every later stage compares with what it loads.
 """
 
 import argparse
+import copy
 import json
+import sys
 from pathlib import Path
 
 from longyarn import manifest, models, rope
@@ -29,34 +31,42 @@ def main() -> None:
 
     config = read_base(model_directory, trust)
     write = settings.pop("write_config")
+    window = settings.pop("sliding_window", "keep")
     method = settings["method"]
+    own = dict(config.rope_parameters)
+    rope.check_parameters(own)
+    own.pop("type", None)
     rotary_dim = rotary_dimensions(config)
+    replaced, full_attention = None, False
     if method == "none":
-        rope.check_parameters(config.rope_parameters)
-        parameters, factor = dict(config.rope_parameters), 1.0
+        parameters, factor = dict(own), 1.0
         length = original = config.max_position_embeddings
     else:
-        rope.check_parameters(config.rope_parameters)
-        refuse_sliding_window(config, settings["target_length"])
+        full_attention = lifts_window(config, settings["target_length"], window)
         parameters, factor, original = rope.extend(
-            config.rope_parameters,
+            own,
             max_position_embeddings=config.max_position_embeddings,
             rotary_dim=rotary_dim,
             **settings,
         )
         length = settings["target_length"]
-    parameters.pop("type", None)
+        if own["rope_type"] != "default":
+            replaced = own
+    tell(method, replaced, full_attention, config)
     frequencies, attention_factor = rope.inverse_frequencies(parameters, rotary_dim)
+    raw = manifest.read_json(model_directory / "config.json")
+    patched = rope.patched_config(raw, parameters, length, full_attention)
+    check_it_is_taken(type(config), patched, method)
 
     files = []
     with manifest.new_directory(arguments.output) as directory:
         if write:
-            raw = manifest.read_json(model_directory / "config.json")
-            patched = rope.patched_config(raw, parameters, length)
             manifest.write_json(directory / "config.json", patched)
             files.append("config.json")
     facts = {
         "method": method,
+        "replaced": replaced,
+        "full_attention": full_attention,
         "factor": factor,
         "original_max_position_embeddings": original,
         "max_position_embeddings": length,
@@ -64,9 +74,7 @@ def main() -> None:
         "rotary_dim": rotary_dim,
         "attention_factor": attention_factor,
         "inverse_frequencies": frequencies.tolist(),
-        "base_inverse_frequencies": rope.inverse_frequencies(
-            dict(config.rope_parameters), rotary_dim
-        )[0].tolist(),
+        "base_inverse_frequencies": rope.inverse_frequencies(own, rotary_dim)[0].tolist(),
         "ramp_limits": rope.ramp_limits(parameters, rotary_dim) if method == "yarn" else None,
     }
     manifest.write(
@@ -108,14 +116,59 @@ def rotary_dimensions(config) -> int:
     return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
-def refuse_sliding_window(config, target_length: int) -> None:
-    """Stop when attention is windowed below the target length: nothing would see that far."""
+def lifts_window(config, target_length: int, setting: str) -> bool:
+    """Tell whether the model's sliding window is to be lifted; stop where nothing would see that far.
+
+    ``setting`` is rope.sliding_window: ``keep`` or ``full``.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) and window and window < target_length:
+    if "sliding_attention" in kinds and len(kinds) > 1:
+        raise UserError(
+            f"the model mixes layers that attend within {window} tokens with layers that attend to all; one "
+            "RoPE serves both, and slowing it would change distances that the local layers know; Longyarn "
+            "extends models whose layers are all of one kind"
+        )
+    windowed = getattr(config, "use_sliding_window", True) and window and window < target_length
+    if windowed and setting == "keep":
         raise UserError(
             f"the model attends within a sliding window of {window} tokens, less than "
-            f"rope.target_length {target_length}; set sliding_window to null in its config.json or "
-            "choose a model that attends to its whole context"
+            f"rope.target_length {target_length}; set rope.sliding_window to full, so that every token "
+            "attends to all before it, or choose a model that attends to its whole context"
+        )
+    return bool(windowed)
+
+
+def check_it_is_taken(config_class: type, patched: dict, method: str) -> None:
+    """Stop where transformers would read the patched configuration otherwise, or not at all."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    wanted = patched["rope_parameters"]
+    try:
+        read = config_class.from_dict(copy.deepcopy(patched)).rope_parameters
+    except (ValueError, KeyError, TypeError, StrictDataclassError):
+        read = None
+    if read != wanted:
+        raise UserError(
+            f"models of type {patched['model_type']!r} take no RoPE of type {wanted['rope_type']!r} in "
+            f"transformers, so rope.method {method} cannot be written for them; set it to ntk, which "
+            "changes rope_theta alone"
+        )
+
+
+def tell(method: str, replaced: dict | None, full_attention: bool, config) -> None:
+    """Say what the extension takes away from the model, because training has to make up for it."""
+    if replaced:
+        print(
+            f"{method} replaces the model's own RoPE scaling {json.dumps(replaced)}; it was trained with "
+            "those frequencies, so training has them to undo as well, and untrained variants start lower",
+            file=sys.stderr,
+        )
+    if full_attention:
+        print(
+            f"the model's sliding window of {config.sliding_window} tokens is lifted: every token attends to "
+            "all before it, which the model learns in training",
+            file=sys.stderr,
         )
 
 

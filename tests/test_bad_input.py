@@ -15,7 +15,8 @@ import passkey
 import patch_rope
 import perplexity
 import tokenise
-from longyarn import manifest
+from longyarn import manifest, models
+from longyarn.cli import UserError
 
 # RoPE: models and settings that the stage patch_rope refuses
 
@@ -131,26 +132,25 @@ def test_a_sliding_window(tmp_path):
     MistralForCausalLM(config).save_pretrained(tmp_path / "model")
     sentence = refused(tmp_path / "model", tmp_path)
     assert "within a sliding window of 1024 tokens, less than rope.target_length 4096" in sentence
-    assert "set sliding_window to null in its config.json" in sentence
-    edit_json(tmp_path / "model" / "config.json", sliding_window=None)
-    assert patched(tmp_path / "model", tmp_path)["factor"] == 8
+    assert "set rope.sliding_window to full" in sentence
+    facts = patched(tmp_path / "model", tmp_path, sliding_window="full")
+    assert (facts["factor"], facts["full_attention"]) == (8, True)
 
 
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
 
 @pytest.mark.parametrize("method", ["yarn", "none"])
-def test_a_scaling_that_longyarn_does_not_know(model, tmp_path, method):
-    edit_json(model / "config.json", rope_parameters=LLAMA_3)
-    sentence = refused(model, tmp_path, method=method)
-    assert "rope_type 'llama3' is not one that Longyarn knows (default, linear, yarn)" in sentence
+def test_a_scaling_that_longyarn_does_not_take(model, tmp_path, method):
+    edit_json(model / "config.json", rope_parameters=DYNAMIC)
+    sentence = refused(model, tmp_path / "dynamic", method=method)
+    assert "of type 'dynamic', whose frequencies change with the length of the input" in sentence
+    edit_json(model / "config.json", rope_parameters=PROPORTIONAL)
+    sentence = refused(model, tmp_path / "proportional", method=method)
+    assert (
+        "rope_type 'proportional' is not one that Longyarn knows (default, linear, ya" in sentence
+    )
     assert "choose a model" in sentence
 
 
@@ -259,6 +259,25 @@ def instrument(directory, attention="sdpa") -> list:
 
 
 PASSKEY = ["--depths", 0.5, "--trials", 1, "--digits", 5, "--seed", 0]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tiny, tmp_path):
+    """A token added without an embedding would stop training at the first document that has it."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    added = dict(tokenizer["added_tokens"][0]) | {"id": size, "content": "<one more>"}
+    tokenizer["added_tokens"].append(added)
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError) as error:
+        models.load_tokenizer(model, False)
+    assert f"has the token '<one more>' with the number {size}" in str(error.value)
+    assert f"the model's vocabulary ends at {size - 1} (vocab_size {size} in config.json)" in str(
+        error.value
+    )
+    # Embeddings are often padded, so fewer tokens are no mistake.
+    edit_json(model / "config.json", vocab_size=size + 64)
+    assert len(models.load_tokenizer(model, False)) == size + 1
 
 
 def test_a_passkey_length_that_is_too_short(evaluated):

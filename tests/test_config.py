@@ -142,6 +142,7 @@ MISTAKES = [
         {"model.revision": "main", "model.locked": True},
         "model.revision main is a branch or a tag, which can move, and model.locked is true; write",
     ),
+    ({"model.revision": "main; ls"}, "'model.revision' is \"main; ls\", but is not of the form"),
     ({"corpus.packages.0.version": 0.6}, "[0].version' is 0.6, but must be text; put it in quotes"),
     (
         {"corpus.packages.0.sha256": "abc"},

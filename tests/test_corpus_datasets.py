@@ -163,6 +163,9 @@ def test_killed_and_started_again_it_goes_on_after_its_last_shard(hub, tmp_path)
     assert facts(tmp_path)["records_read"] == 72
     assert not hub.asked("data/train-00001-of-00006.parquet"), "what was taken is not fetched again"
     assert hub.asked("data/train-00004-of-00006.parquet")
+    assert hub_datasets.last_position(position.parent)["finished"]
+    shard.unlink()
+    assert hub_datasets.last_position(position.parent) == hub_datasets.START
 
 
 def refused(hub, directory: Path, wrong: dict, skip_bad=False) -> str:
@@ -203,6 +206,21 @@ def test_a_malformed_file_of_the_hub(hub, tmp_path):
     (tmp_path / "set" / "a.jsonl").write_text('{"text": "a"}\n{"text": \n')
     said = refused(hub, tmp_path, entry(hub.dataset("an/set", tmp_path / "set")))
     assert "an/set cannot be read (" in said
+
+
+def test_what_the_client_raises_is_one_sentence():
+    from datasets import exceptions
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    at = {"repository": "an/set"}
+    damaged = (pyarrow.ArrowInvalid("no JSON"), zstandard.ZstdError("cut"), EOFError("cut"))
+    for error in (*damaged, exceptions.DatasetGenerationError("broken")):
+        with pytest.raises(UserError, match="an/set cannot be read"), hub_datasets.hub_errors(at):
+            raise error
+    with pytest.raises(UserError, match="where there is a network"), hub_datasets.hub_errors(at):
+        raise OfflineModeIsEnabled("offline")
+    with pytest.raises(RuntimeError, match="ours"), hub_datasets.hub_errors(at):
+        raise RuntimeError("ours")
 
 
 # What is chosen of a stream; the client's part is above.
@@ -290,9 +308,6 @@ def test_the_preflight_asks_for_files_and_data_sets(hub, workspace, tmp_path, bo
         return done.stdout
 
     assert f"corpus: ok: an/books at {commit}" in told([])
-    assert "error: corpus.datasets has no revision of an/books; fill in the commit" in told(
-        [], None
-    )
     missing = [{"collection": "mine", "files": "texts/*.md"}]
     assert "error: corpus.files finds no file that matches 'texts/*.md'" in told(missing)
 

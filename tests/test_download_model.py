@@ -325,6 +325,22 @@ def test_a_cut_is_mended_within_one_run(hub, repository, shards, tmp_path):
     check(tmp_path, shards, repository.commit)
 
 
+def test_a_connection_that_stays_cut(hub, repository, shards, tmp_path):
+    """The client gives up after five attempts; the next run brings only what is missing."""
+    cut = tensors(shards)[-1].name
+    hub.cut(cut, after=1000, times=100)
+    sentence = hub_refusal(from_hub(hub, tmp_path, repository.commit), tmp_path)
+    assert (
+        f"the hub did not give an/model at {repository.commit} (peer closed connection" in sentence
+    )
+    assert "what came whole is kept, so run again" in sentence
+    hub.heal()
+    hub.requests.clear()
+    assert from_hub(hub, tmp_path, repository.commit).returncode == 0
+    check(tmp_path, shards, repository.commit)
+    assert {request.file for request in hub.requests if request.sent and request.file} == {cut}
+
+
 def test_a_killed_download_keeps_what_came_whole(hub, repository, shards, tmp_path):
     """The last shard comes slowly; once the others are here the process is killed."""
     slow = tensors(shards)[-1]
@@ -341,7 +357,10 @@ def test_a_killed_download_keeps_what_came_whole(hub, repository, shards, tmp_pa
         time.sleep(0.05)
     process.kill()
     process.wait()
-    assert list((tmp_path / "cache").rglob("*.incomplete"))
+    (partial,) = (tmp_path / "cache").rglob("*.incomplete")
+    running = partial.with_name("another.incomplete")  # of another run into the same cache
+    running.touch()
+    os.utime(partial, (time.time() - 4000,) * 2)
     assert not (tmp_path / "run" / "base.json").exists()
     hub.heal()
     hub.requests.clear()
@@ -350,7 +369,7 @@ def test_a_killed_download_keeps_what_came_whole(hub, repository, shards, tmp_pa
     check(tmp_path, shards, repository.commit)
     assert hub.sent(slow.name) == slow.stat().st_size
     assert not any(hub.asked(name) for name in others)
-    assert not list((tmp_path / "cache").rglob("*.incomplete"))
+    assert list((tmp_path / "cache").rglob("*.incomplete")) == [running]
 
 
 @pytest.mark.parametrize("large", [True, False])

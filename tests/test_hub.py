@@ -1,7 +1,11 @@
-"""The hub of the tests: the real clients must find in it what they find in the real one."""
+"""The hub of the tests: the real clients must find in it what they find in the real one.
+
+And the whole chain with a model in shards that comes from it.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 from huggingface_hub import constants
+from stages import MICRO_BASE
 
 SNAPSHOT = """
 import sys
@@ -112,3 +117,46 @@ def test_a_dataset_is_streamed(hub, tmp_path, kind, cut):
         hub.cut(file.name, after=file.stat().st_size // 2)
     lines = client(hub, tmp_path, STREAM, "a/corpus", repository.commit)
     assert [json.loads(line) for line in lines] == rows
+
+
+def test_the_chain_with_a_sharded_model_from_the_hub(hub, workspace, tmp_path, monkeypatch):
+    """A branch, a connection that is cut, and after it every stage to the merged model."""
+    from transformers import LlamaForCausalLM
+
+    from longyarn import manifest
+
+    source = tmp_path / "repository"
+    LlamaForCausalLM.from_pretrained(MICRO_BASE).save_pretrained(source, max_shard_size="1MB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MICRO_BASE / name, source)
+    shards = sorted(file.name for file in source.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    repository = hub.model("an/model", source, gated=True, readers=("hf_mine",))
+    hub.cut(shards[1], after=1000)
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        monkeypatch.delenv(name)
+    for name, value in hub.environment(tmp_path / "home", "hf_mine").items():
+        monkeypatch.setenv(name, value)
+    # The corpus comes from the shared cache; the model's part of the cache is this test's own.
+    (workspace.directory / "cache").mkdir()
+    for part in ROOT.glob(".cache/*"):
+        if part.name != "hub":
+            (workspace.directory / "cache" / part.name).symlink_to(part.resolve())
+    overrides = {
+        "model": {"source": "an/model", "revision": "main", "disclosure": None},
+        "paths": {"cache": "cache"},
+        "training": {"steps": 2, "held_out_steps": None},
+    }
+    done = workspace.snakemake("results/tests/merged.json", overrides=overrides)
+    results = workspace.directory / "results" / "tests"
+    assert "model.revision main of an/model is today the commit" in done.stdout
+    assert len(hub.asked(shards[1])) == 2
+    record = manifest.read(results / "base.json")
+    assert record["facts"]["revision"] == repository.commit
+    assert [name for name in record["files"] if "model-" in name] == [f"base/{n}" for n in shards]
+    merged = manifest.read(results / "merged.json")
+    assert [name for name in merged["files"] if "model-" in name] == [f"merged/{n}" for n in shards]
+    written = json.loads((results / "merged" / "config.json").read_text())
+    assert written["rope_parameters"]["factor"] == 2
+    assert not list(workspace.directory.rglob("*.incomplete"))
+    assert "hf_mine" not in done.stdout + "".join(p.read_text() for p in results.glob("*.json"))

@@ -139,6 +139,36 @@ def test_ntk_divides_the_slowest_pair_by_s_and_leaves_the_fastest():
     assert scale == 1.0
 
 
+def reference_llama_3(theta, dim, factor, low, high, length):
+    """Llama 3.1's scaling as its authors published it: by wavelength, pair by pair."""
+    frequencies = []
+    for pair in range(dim // 2):
+        frequency = theta ** (-2 * pair / dim)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < length / high:
+            frequencies.append(frequency)
+        elif wavelength > length / low:
+            frequencies.append(frequency / factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            frequencies.append((1 - smooth) * frequency / factor + smooth * frequency)
+    return np.array(frequencies)
+
+
+@pytest.mark.parametrize("dim", HEADS)
+@pytest.mark.parametrize(("factor", "low", "high"), [(8, 1, 4), (32, 1, 4), (4, 0.5, 8)])
+def test_llama_3_equals_the_reference(dim, factor, low, high):
+    """What the untouched Llama 3.1 (8, 1, 4) and 3.2 (32, 1, 4) rotate by."""
+    parameters = {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": low,
+        "high_freq_factor": high, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    ours, scale = rope.inverse_frequencies(parameters, dim)
+    expected = reference_llama_3(5e5, dim, factor, low, high, 8192)
+    np.testing.assert_allclose(ours, expected, rtol=1e-12)
+    assert scale == 1
+
+
 # What is refused.
 
 
@@ -185,7 +215,9 @@ def test_a_reason_lets_the_stated_original_length_win():
         ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 8, "attn_factor": 1.2}, "attn_factor"),
         ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 8}, "original_max_position_embeddings"),
         ({"rope_type": "linear", "factor": 8}, "rope_theta"),
-        ({"rope_type": "llama3", "rope_theta": 1e4}, "llama3"),
+        ({"rope_type": "llama3", "rope_theta": 1e4}, "lacks 'factor'"),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}, "dynamic"),
+        ({"rope_type": "longrope", "rope_theta": 1e4}, "longrope"),
         ({"full_attention": {"rope_type": "default"}, "sliding_attention": {}}, "all layers"),
     ],
 )

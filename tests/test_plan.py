@@ -142,7 +142,7 @@ def test_presets_state_every_key_that_they_do_not_take_from_the_schema(preset):
     """What a preset leaves out is the embedded default's, and that is for a micro model on a CPU."""
     stated = yaml.safe_load(preset.read_text())
     default = yaml.safe_load((ROOT / "config.yaml").read_text())
-    for section in ("corpus", "mix", "training"):
+    for section in ("model", "rope", "corpus", "mix", "training"):
         assert default[section].keys() - stated[section].keys() <= {"lora"}, section
     assert (stated["training"]["mode"] == "lora") == ("lora" in stated["training"])
     for source in stated["corpus"]["datasets"]:

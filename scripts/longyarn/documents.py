@@ -105,9 +105,8 @@ class Collection:
         """Return the figures, without those that this kind of source does not have."""
         shown = asdict(self)
         del shown["skip_bad"]
-        return {key: value for key, value in shown.items() if value not in (None, [])} | {
-            "licence": self.licence
-        }
+        # A licence that is not stated is said to be null.
+        return {k: v for k, v in shown.items() if v not in (None, []) or k == "licence"}
 
 
 class Collections:

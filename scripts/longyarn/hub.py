@@ -10,6 +10,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,8 @@ def bring(found: Found, code: bool) -> Path:
             )
 
     snapshot = fetch([*SMALL, *(CODE if code else ())])
-    check_hashes(found, sorted(file for file in snapshot.iterdir() if file.suffix != TENSORS))
+    here = (file for file in snapshot.iterdir() if file.name in found.files)
+    check_hashes(found, sorted(file for file in here if file.suffix != TENSORS))
     tensors = [snapshot / "model.safetensors"]
     if (snapshot / "model.safetensors.index.json").exists():
         tensors = models.tensor_files(snapshot)
@@ -151,18 +153,16 @@ def bring(found: Found, code: bool) -> Path:
 
 
 def remove_leftovers(found: Found) -> None:
-    """Remove what a killed download left: the client goes on with whole files only.
+    """Remove what killed downloads left: the client goes on with whole files only.
 
-    A download that still runs holds its file's lock.
+    Another run may be downloading into the same cache, and on some cluster file systems locks tell nothing;
+    so what was written to within an hour stays.
     """
-    from filelock import FileLock, Timeout
-
     folder = f"models--{found.repository.replace('/', '--')}"
     for partial in (found.cache / "hub" / folder / "blobs").glob("*.incomplete"):
-        lock = found.cache / "hub" / ".locks" / folder / f"{partial.name.partition('.')[0]}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
-            partial.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > 3600:
+                partial.unlink()
 
 
 def check_hashes(found: Found, files: list[Path]) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from gzip import BadGzipFile
 from pathlib import Path
 
 from longyarn import documents, manifest, records
@@ -16,9 +17,7 @@ from longyarn.documents import Collection
 
 # To be raised when the same settings would give other documents than before.
 VERSION = 1
-ALL_BAD = (
-    100  # when so many records at the start are all bad, the entry is wrong and not the records
-)
+ALL_BAD = 100  # when so many first records are all bad, it is the entry that is wrong
 
 START = {
     "shards": 0, "finished": False, "stream": None, "records_read": 0, "characters_read": 0,
@@ -84,8 +83,15 @@ def unreachable(name: str, error: Exception) -> UserError:
 
 def is_fetched(entry: dict, skip_bad: bool, cache: Path) -> bool:
     """Tell whether the cache has all that an entry asks for."""
-    position = cache / key(entry, skip_bad) / "position.json"
-    return position.is_file() and manifest.read_json(position)["finished"]
+    return last_position(cache / key(entry, skip_bad))["finished"]
+
+
+def last_position(directory: Path) -> dict:
+    """Return how far an entry was fetched; the start where a shard of it was removed since."""
+    file = directory / "position.json"
+    position = manifest.read_json(file) if file.is_file() else START
+    shards = (directory / documents.shard_name(number) for number in range(position["shards"]))
+    return dict(position if all(shard.is_file() for shard in shards) else START)
 
 
 def key(entry: dict, skip_bad: bool) -> str:
@@ -97,8 +103,7 @@ def key(entry: dict, skip_bad: bool) -> str:
 
 def fetch(entry: dict, collection: Collection, directory: Path) -> dict:
     """Bring what is missing of an entry's documents into a directory; return the last position."""
-    file = directory / "position.json"
-    position = manifest.read_json(file) if file.is_file() else dict(START)
+    file, position = directory / "position.json", last_position(directory)
     if position["finished"]:
         return position
     collection.bad_records = position["bad_records"]
@@ -200,7 +205,9 @@ def hub_errors(entry: dict) -> Iterator[None]:
     from datasets import exceptions
     from httpx2 import HTTPError
     from pyarrow import ArrowException
+    from zstandard import ZstdError
 
+    damaged = (exceptions.DatasetsError, ArrowException, ZstdError, EOFError, BadGzipFile)
     name = entry["repository"]
     try:
         yield
@@ -209,7 +216,7 @@ def hub_errors(entry: dict) -> Iterator[None]:
             f"the hub did not give {name} ({first_line(error)}); mend corpus.datasets, or accept its "
             "terms on its page and log in with `hf auth login`"
         ) from None
-    except (exceptions.DatasetsError, ArrowException) as error:
+    except damaged as error:
         raise UserError(
             f"{name} cannot be read ({first_line(error.__cause__ or error)}); mend its entry in "
             "corpus.datasets, or name sound files under data_files"

@@ -28,6 +28,8 @@ def load_config(model_directory: Path, rope_path: Path, trust_remote_code: bool 
     if not written:
         config.rope_parameters = dict(facts["rope_parameters"])
         config.max_position_embeddings = facts["max_position_embeddings"]
+        if facts["full_attention"]:
+            config.sliding_window = None
     check_config(config, facts, source)
     return config
 
@@ -41,6 +43,11 @@ def check_config(config, facts: dict, source: Path) -> None:
         raise UserError(
             f"{source} carries RoPE {loaded} to {lengths[0]} positions where the run's manifest says "
             f"{expected} to {lengths[1]}; it was changed or made by another run, so rebuild it"
+        )
+    if facts["full_attention"] and config.sliding_window is not None:
+        raise UserError(
+            f"{source} has a sliding window of {config.sliding_window} where the run's manifest says that "
+            "it has none; it was changed or made by another run, so rebuild it"
         )
 
 

@@ -20,7 +20,22 @@ KNOWN_PARAMETERS = {
         "rope_type", "rope_theta", "partial_rotary_factor", "factor", "beta_fast", "beta_slow",
         "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim", "truncate",
     },
+    "llama3": {
+        "rope_type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor",
+        "high_freq_factor", "original_max_position_embeddings",
+    },
 }  # fmt: skip
+
+NEEDED = {
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    },
+}  # fmt: skip
+
+# Perplexity reads all lengths from one pass over the longest, which supposes one set of frequencies.
+OF_THE_INPUT = ("dynamic", "longrope")
 
 
 def extend(
@@ -48,12 +63,12 @@ def extend(
     the fastest is left. ``yarn``: by parts, with attention temperature (arXiv 2309.00071, section 3).
     """
     check_parameters(base)
-    scaled = base["rope_type"] != "default"
-    if scaled and not (original_max_position_embeddings and original_reason):
-        raise UserError(
-            f"the model already carries RoPE scaling of type {base['rope_type']!r}; to replace it, set "
-            "rope.original_max_position_embeddings to the length it was first trained at and say why "
-            "in rope.original_reason"
+    if base["rope_type"] != "default":
+        check_replacement(
+            base,
+            max_position_embeddings,
+            target_length,
+            original_max_position_embeddings if original_reason else None,
         )
     original = original_max_position_embeddings or max_position_embeddings
     if original != max_position_embeddings and not original_reason:
@@ -97,6 +112,36 @@ def extend(
     return parameters, derived, original
 
 
+def check_replacement(base: dict, reached: int, target: int, original: int | None) -> None:
+    """Refuse to put new scaling in the place of a model's own, unless it is asked for and longer.
+
+    ``reached`` is the length of the model's own scaling; ``original`` the length before it, as stated
+    together with a reason.
+    """
+    kind, own = base["rope_type"], base.get("original_max_position_embeddings")
+    if original is None:
+        first = (
+            f"{own}, which that scaling starts from,"
+            if own
+            else "the length it was first trained at"
+        )
+        raise UserError(
+            f"the model already carries RoPE scaling of type {kind!r}; to replace it, set "
+            f"rope.original_max_position_embeddings to {first} and say why in rope.original_reason (it was "
+            "trained with the old frequencies, so training has more to undo)"
+        )
+    if own and original != own:
+        raise UserError(
+            f"rope.original_max_position_embeddings {original} is not the length {own} that the model's "
+            f"own scaling of type {kind!r} starts from; set it to {own}"
+        )
+    if target <= reached:
+        raise UserError(
+            f"rope.target_length {target} is within the {reached} positions that the model's own scaling of "
+            f"type {kind!r} reaches; use the model as it is, or raise the target"
+        )
+
+
 def check_parameters(parameters: dict) -> None:
     """Refuse rope_parameters that we could misread: nested, of an unknown type, or misspelt."""
     kind = parameters.get("rope_type")
@@ -104,6 +149,11 @@ def check_parameters(parameters: dict) -> None:
         raise UserError(
             "the model gives each kind of layer its own RoPE (local and global attention); "
             "Longyarn extends models with one RoPE for all layers"
+        )
+    if kind in OF_THE_INPUT:
+        raise UserError(
+            f"the model's RoPE is of type {kind!r}, whose frequencies change with the length of the input, "
+            "so no one length can be measured by another; choose a model from before that scaling"
         )
     if kind not in KNOWN_PARAMETERS:
         raise UserError(
@@ -124,8 +174,7 @@ def check_parameters(parameters: dict) -> None:
             f"rope_parameters has {words[0]} {parameters[words[0]]!r}, which is text; write a number in "
             "the model's config.json"
         )
-    needed = {"linear": {"factor"}, "yarn": {"factor", "original_max_position_embeddings"}}
-    missing = sorted(({"rope_theta"} | needed.get(kind, set())) - set(parameters))
+    missing = sorted(({"rope_theta"} | NEEDED.get(kind, set())) - set(parameters))
     if missing:
         raise UserError(
             f"rope_parameters of type {kind!r} lacks {missing[0]!r}; add it to the model's config.json"
@@ -155,7 +204,9 @@ def ramp_limits(parameters: dict, rotary_dim: int) -> tuple[float, float]:
 def inverse_frequencies(parameters: dict, rotary_dim: int) -> tuple[np.ndarray, float]:
     """Return ``(inverse_frequencies, attention_factor)``: float64 (rotary_dim // 2,), radians a token.
 
-    default: θ^(−2i/d). linear: that divided by s. yarn: divided by s above the ramp, left below it,
+    default: θ^(−2i/d). linear: that divided by s. llama3: divided by s where a pair turns less often than
+    low_freq_factor within the original length, left where more often than high_freq_factor, mixed by the
+    number of turns between. yarn: divided by s above the ramp, left below it,
     mixed on it; attention_factor 0.1·ln s + 1 multiplies cos and sin (arXiv 2309.00071, section 3.4).
     """
     check_parameters(parameters)
@@ -166,6 +217,11 @@ def inverse_frequencies(parameters: dict, rotary_dim: int) -> tuple[np.ndarray, 
     factor = parameters["factor"]
     if parameters["rope_type"] == "linear":
         return plain / factor, 1.0
+    if parameters["rope_type"] == "llama3":
+        turns = parameters["original_max_position_embeddings"] * plain / (2 * math.pi)
+        slow, fast = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        kept = np.clip((turns - slow) / (fast - slow), 0, 1)
+        return plain / factor * (1 - kept) + plain * kept, 1.0
     low, high = ramp_limits(parameters, rotary_dim)
     if low == high:
         high += 0.001
@@ -191,8 +247,13 @@ def attention_factor(parameters: dict) -> float:
     return temperature(1.0)
 
 
-def patched_config(config: dict, parameters: dict, max_position_embeddings: int) -> dict:
-    """Return a copy of a ``config.json`` with RoPE in today's form and no older form beside it."""
+def patched_config(
+    config: dict, parameters: dict, max_position_embeddings: int, full_attention: bool
+) -> dict:
+    """Return a copy of a ``config.json`` with RoPE in today's form and no older form beside it.
+
+    ``full_attention``: and without its sliding window.
+    """
     history = (
         "rope_scaling",
         "rope_theta",
@@ -205,4 +266,6 @@ def patched_config(config: dict, parameters: dict, max_position_embeddings: int)
     patched["max_position_embeddings"] = int(max_position_embeddings)
     # Where this stands at the top level, transformers lets it override the one in rope_parameters.
     patched.pop("original_max_position_embeddings", None)
+    if full_attention:
+        patched["sliding_window"] = None
     return patched

@@ -252,9 +252,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
             )
         if parts[0] == "api" and len(parts) > 3 and parts[1] in ("models", "datasets"):
             repository = self.readable(*parts[1:4])
-            action, revision = (*parts[4:6], "revision", "main")[:2] if parts[4:] else ("", "main")
-            commit = self.commit(repository, revision)
-            if action in ("", "revision"):
+            action = parts[4] if len(parts) > 4 else "revision"
+            commit = self.commit(repository, parts[5] if len(parts) > 5 else "main")
+            if action == "revision":
                 return self.send_json(self.info(repository, commit))
             if action == "tree":
                 return self.send_tree(repository, commit, "/".join(parts[6:]))
