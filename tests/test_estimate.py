@@ -206,10 +206,9 @@ def test_memory_moves_the_right_way():
     length = {"length": 32768, "lora": LORA}
     plain = gib("llama-2-7b", **length)
     assert gib("llama-2-7b", gradient_checkpointing=False, **length) > 2 * plain
-    masked = gib("llama-2-7b", attention="flash_attention_2", **length)
-    assert plain - masked == pytest.approx(1)  # SDPA's mask, a byte for each pair of positions
+    assert gib("llama-2-7b", attention="flash_attention_2", **length) == plain
     assert gib("llama-2-7b", attention="eager", **length) > 100 + plain
-    assert gib("llama-2-7b", sequence_parallel=4, attention="flash_attention_2", **length) < masked
+    assert gib("llama-2-7b", sequence_parallel=4, **length) < plain
     assert gib("llama-2-7b", zero_stage=3, processes=8, **length) < plain
 
 
