@@ -142,6 +142,8 @@ class Pool:
 
     def holds(self, long: int, short: int, length: int) -> bool:
         """Tell whether there is enough for so many long and short sequences."""
+        if short < 0:  # more windows are asked of it than its share has room for
+            return False
         reserve = self.reserve(short, length)
         return reserve <= self.spare.sum() and long + reserve <= len(self.windows)
 
@@ -392,7 +394,7 @@ def _too_little(
         )
     names = list(sources.shares) if sources.shares else ["the corpus"]
     needs = "; ".join(
-        f"{name} {long} long and {short} short sequences, and has {len(pool.windows)} long windows and "
+        f"{name} {long} long and {max(0, short)} short sequences, and has {len(pool.windows)} long windows and "
         f"{pool.pieces.tokens} tokens in pieces"
         for name, pool, (long, short) in zip(names, pools, counts, strict=True)
     )
