@@ -394,8 +394,8 @@ def _too_little(
         )
     names = list(sources.shares) if sources.shares else ["the corpus"]
     needs = "; ".join(
-        f"{name} {long} long and {max(0, short)} short sequences, and has {len(pool.windows)} long windows and "
-        f"{pool.pieces.tokens} tokens in pieces"
+        f"{name} {long} long and {max(0, short)} short sequences, and has "
+        f"{len(pool.windows)} long windows and {pool.pieces.tokens} tokens in pieces"
         for name, pool, (long, short) in zip(names, pools, counts, strict=True)
     )
     return (
