@@ -93,9 +93,6 @@ def prepare(
 ) -> tokenising.Tokenizer:
     """Check the model's tokenizer and return what workers need of it."""
     tokenizer = models.load_tokenizer(model, trust_remote_code)
-    vocabulary = manifest.read_json(model / "config.json").get("vocab_size")
-    if vocabulary is not None and tokenizer.vocab_size > vocabulary:
-        raise UserError(tokenising.too_many(f"has {tokenizer.vocab_size} tokens", vocabulary))
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {model} has no eos token, which ends each document; name one in "
@@ -108,7 +105,6 @@ def prepare(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         manifest.write_text(work / "tokenizer.json", backend.to_str())
-    size = max(vocabulary or 0, len(tokenizer))
     return tokenising.Tokenizer(
         file=None if backend is None else work / "tokenizer.json",
         model=model,
@@ -116,8 +112,7 @@ def prepare(
         before=() if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,),
         after=(tokenizer.eos_token_id,),
         special={"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token},
-        vocabulary=vocabulary,
-        dtype="uint16" if size <= 1 << 16 else "int32",
+        dtype="uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "int32",
         template=template,
     )
 

@@ -211,6 +211,25 @@ def test_best_fit_wastes_little():
     assert found.padding < 0.02 * lengths.sum()
 
 
+def test_a_collection_without_long_documents_gives_short_pieces():
+    lengths, of = [64 * 9, 64 * 9] + [8] * 40, [0, 1] + [2] * 40
+    shares = {"a": 0.25, "b": 0.25, "c": 0.5}
+    found = plan(
+        lengths, long_share=0.5, token_budget=64 * 8, sources=sources(of, "abc", shares=shares)
+    )
+    assert found.long_sequences == 4
+    assert {d for d, _, length in zip_pieces(found) if length < LENGTH} == set(range(2, 42)) & {
+        d for d, _, _ in zip_pieces(found)
+    }
+
+
+def test_whole_parts_up_to_a_limit():
+    assert packing.whole_parts_up_to([1, 1, 2], 8, [9, 9, 9]) == [2, 2, 4]
+    assert packing.whole_parts_up_to([1, 1, 2], 8, [9, 9, 0]) == [4, 4, 0]
+    assert packing.whole_parts_up_to([1, 1, 2], 8, [1, 9, 3]) == [1, 4, 3]
+    assert packing.whole_parts_up_to([1, 1, 2], 8, [1, 1, 1]) == [1, 1, 6]
+
+
 @given(weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=6), total=st.integers(0, 1000))
 def test_whole_parts(weights, total):
     parts = packing.whole_parts(weights, total)

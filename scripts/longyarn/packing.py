@@ -142,6 +142,8 @@ class Pool:
 
     def holds(self, long: int, short: int, length: int) -> bool:
         """Tell whether there is enough for so many long and short sequences."""
+        if short < 0:  # more windows are asked of it than its share has room for
+            return False
         reserve = self.reserve(short, length)
         return reserve <= self.spare.sum() and long + reserve <= len(self.windows)
 
@@ -226,11 +228,11 @@ def make_plan(
             f"the corpus or mix.token_budget holds less than one sequence of {sequence_length} tokens; "
             "raise it"
         )
-    counts = apportioned(count, long_share, sources)
+    counts = apportioned(count, long_share, sources, pools)
     if token_budget is None:
         while count and not _feasible(pools, counts, sequence_length):
             count -= 1
-            counts = apportioned(count, long_share, sources)
+            counts = apportioned(count, long_share, sources, pools)
         if not count:
             raise UserError(
                 f"the corpus has no whole sequence of {sequence_length} tokens at mix.long_share "
@@ -303,19 +305,19 @@ def make_pools(windows: Pieces, pieces: Pieces, sources: Sources) -> list[Pool]:
     return [Pool(first.windows, first.spare, first.pieces, outside), *pools[1:]]
 
 
-def apportioned(count: int, long_share: float, sources: Sources) -> list[tuple[int, int]]:
-    """Return how many long and short sequences each pool gives, of ``count`` in all."""
+def apportioned(
+    count: int, long_share: float, sources: Sources, pools: list[Pool]
+) -> list[tuple[int, int]]:
+    """Return how many long and short sequences each pool gives, of ``count`` in all.
+
+    Collections give windows in proportion to their shares, as far as they have any; those that give
+    no short pieces give nothing else.
+    """
     long = round(long_share * count)
     if sources.shares is None:
         return [(long, count - long)]
     of_each = whole_parts(list(sources.shares.values()), count)
-    if sources.short_from is None:
-        longs = whole_parts(of_each, long)
-    else:
-        gives = [
-            number if name in sources.short_from else 0
-            for name, number in zip(sources.shares, of_each, strict=True)
-        ]
+    if sources.short_from is not None:
         share = sum(sources.shares.get(name, 0) for name in sources.short_from)
         if share < 1 - long_share - 1e-9:
             raise UserError(
@@ -323,10 +325,35 @@ def apportioned(count: int, long_share: float, sources: Sources) -> list[tuple[i
                 f"part, but by mix.shares the collections of mix.short_from have {share:g}; raise their "
                 "shares or mix.long_share"
             )
-        # Rounded, they may have less than the short part by a sequence.
-        shorts = whole_parts(gives, min(count - long, sum(gives)))
-        longs = [number - short for number, short in zip(of_each, shorts, strict=True)]
+    mixed = [sources.short_from is None or name in sources.short_from for name in sources.shares]
+    longs = [0 if both else number for both, number in zip(mixed, of_each, strict=True)]
+    shared = whole_parts_up_to(
+        [number if both else 0 for both, number in zip(mixed, of_each, strict=True)],
+        # Rounded, the short part may have less than its share by a sequence.
+        max(0, long - sum(longs)),
+        [min(number, len(pool.windows)) for number, pool in zip(of_each, pools, strict=True)],
+    )
+    longs = [own + more for own, more in zip(longs, shared, strict=True)]
     return [(own, number - own) for own, number in zip(longs, of_each, strict=True)]
+
+
+def whole_parts_up_to(weights: Sequence[float], total: int, most: Sequence[int]) -> list[int]:
+    """Divide as ``whole_parts``, no part above its limit where there is room below the others'.
+
+    What has no room anywhere goes to the part of most weight.
+    """
+    parts = [0] * len(weights)
+    open_ = [i for i, weight in enumerate(weights) if weight]
+    while open_:
+        left = total - sum(parts)
+        more = dict(zip(open_, whole_parts([weights[i] for i in open_], left), strict=True))
+        full = [i for i in open_ if more[i] > most[i]]
+        for i in full or open_:
+            parts[i] = min(more[i], most[i])
+        open_ = [i for i in open_ if i not in full] if full else []
+    if total > sum(parts):
+        parts[max(range(len(parts)), key=weights.__getitem__)] += total - sum(parts)
+    return parts
 
 
 def whole_parts(weights: Sequence[float], total: int) -> list[int]:
@@ -367,8 +394,8 @@ def _too_little(
         )
     names = list(sources.shares) if sources.shares else ["the corpus"]
     needs = "; ".join(
-        f"{name} {long} long and {short} short sequences, and has {len(pool.windows)} long windows and "
-        f"{pool.pieces.tokens} tokens in pieces"
+        f"{name} {long} long and {max(0, short)} short sequences, and has "
+        f"{len(pool.windows)} long windows and {pool.pieces.tokens} tokens in pieces"
         for name, pool, (long, short) in zip(names, pools, counts, strict=True)
     )
     return (

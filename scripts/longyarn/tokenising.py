@@ -49,7 +49,6 @@ class Tokenizer:
     before: tuple[int, ...]
     after: tuple[int, ...]
     special: dict[str, str]
-    vocabulary: int | None
     dtype: str
     template: str | None
 
@@ -190,27 +189,11 @@ class Worker:
         before = () if tuple(tokens[:1]) == self.settings.before else self.settings.before
         after = () if tuple(tokens[-1:]) == self.settings.after else self.settings.after
         mask = np.concatenate([np.zeros(len(before), bool), scored, np.zeros(len(after), bool)])
-        return self.checked([*before, *tokens, *after]), mask
+        return np.asarray([*before, *tokens, *after], self.dtype), mask
 
     def framed(self, tokens: list[int]) -> np.ndarray:
         """Return a document's tokens with those before and after it."""
-        return self.checked([*self.settings.before, *tokens, *self.settings.after])
-
-    def checked(self, tokens: list[int]) -> np.ndarray:
-        """Return tokens as they are stored; stop at one for which the model has no embedding."""
-        found = np.asarray(tokens, np.int64)
-        vocabulary = self.settings.vocabulary
-        if vocabulary is not None and len(found) and found.max() >= vocabulary:
-            raise UserError(too_many(f"gives token {found.max()}", vocabulary))
-        return found.astype(self.dtype)
-
-
-def too_many(what: str, vocabulary: int) -> str:
-    """Say that a tokenizer knows tokens for which the model has no embedding."""
-    return (
-        f"the tokenizer {what}, but the model's vocab_size is {vocabulary}; model.source mixes files of "
-        "two models, so restore them"
-    )
+        return np.asarray([*self.settings.before, *tokens, *self.settings.after], self.dtype)
 
 
 def digest(document: dict) -> bytes:
