@@ -42,6 +42,7 @@ localrules:
     plan,
     download_model,
     download_corpus,
+    checkpoint,
 
 
 rule all:

@@ -17,14 +17,16 @@ rule checkpoint:
     benchmark:
         f"{RUN}/benchmarks/step-{{step}}/checkpoint.tsv"
     resources:
+        # Not params: a setting that only watches must not delete what cannot be made anew.
+        settings=as_json(config["training"]),
         mem_mb=request("checkpoint", "mem_mb"),
         runtime=request("checkpoint", "runtime"),
     params:
         code=code("checkpoint"),
-        settings=as_json(config["training"]),
+        defining=as_json(engine.defining(config["training"])),
         work=config["paths"]["work"],
         trained=f"{RUN}/trained.json",
     shell:
         "python scripts/checkpoint.py --base {input.base} --rope {input.rope} --pack {input.pack}"
-        " --settings {params.settings} --work {params.work:q} --trained {params.trained}"
+        " --settings {resources.settings} --work {params.work:q} --trained {params.trained}"
         " --step {wildcards.step} --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"

@@ -12,6 +12,7 @@ from download_model import WANTED
 from longyarn import (
     chat,
     containers,
+    engine,
     estimate,
     files,
     manifest,
@@ -218,12 +219,11 @@ def mix_options(wildcards):
         [
             unless_null("--sequence-length", mix["sequence_length"]),
             f"--long-share {mix['long_share']}",
-            unless_null(
-                "--shares", None if mix["shares"] is None else as_json(mix["shares"])
-            ),
-            unless_null(
-                "--short-from",
-                None if mix["short_from"] is None else shlex.join(mix["short_from"]),
+            f"--shares {as_json(mix['shares'])}" if mix["shares"] else "",
+            (
+                f"--short-from {shlex.join(mix['short_from'])}"
+                if mix["short_from"]
+                else ""
             ),
             f"--packing {mix['packing']}",
             unless_null("--token-budget", mix["token_budget"]),

@@ -27,13 +27,17 @@ def main() -> None:
     work = attempts.directory(arguments.work, identity)
     mode = arguments.settings["mode"]
     with manifest.new_directory(arguments.output) as directory:
+        source = whole(work, arguments.step)
         try:
-            adapters.copy_trained(whole(work, arguments.step), directory, mode, base)
+            adapters.copy_trained(source, directory, mode, base)
+            there = attempts.is_whole(source)
         except FileNotFoundError:
+            there = False
+        if not there:
             raise UserError(
                 f"the checkpoint of step {arguments.step} made room for a later one while it was "
                 "copied; ask for a later step"
-            ) from None
+            )
     manifest.write(
         arguments.manifest,
         script=Path(__file__),

@@ -194,12 +194,6 @@ def check_fit(config: dict) -> None:
     if not config["training"]["gpus"]:
         return
     name, size = config["hardware"]["gpu"], requests.gpu(config)["gib"]
-    for phase, settings in phases(config).items():
-        if phase and lacking(settings) > 0:
-            raise UserError(
-                f"{phase.strip('/')} needs {lacking(settings) + size:.1f} GiB of each GPU, but "
-                f"hardware.gpu {name} has {size:g}; give it settings that need less, as the run itself has"
-            )
     if lacking(config) > 0:
         parts = estimate.memory(shape_of(config), estimate.Setup.of(config))
         most = max(parts, key=parts.get)
@@ -207,6 +201,12 @@ def check_fit(config: dict) -> None:
             f"training needs {lacking(config) + size:.1f} GiB of each GPU, most of it for {most} "
             f"({parts[most] / estimate.GIB:.1f}), but hardware.gpu {name} has {size:g}; {advice(config)}"
         )
+    for phase, settings in phases(config).items():
+        if phase and lacking(settings) > 0:
+            raise UserError(
+                f"{phase.strip('/')} needs {lacking(settings) + size:.1f} GiB of each GPU, but "
+                f"hardware.gpu {name} has {size:g}; give it settings that need less, as the run itself has"
+            )
     count = requests.evaluation_gpus(config, shape_of(config))
     need = requests.evaluation_memory(config, shape_of(config), count) / estimate.GIB
     if need > size:

@@ -114,7 +114,8 @@ def assemble(manifests: dict[str, dict], hashes: dict[str, str], trained_rope: s
         {
             "verdict": verdict.judge(shown),
             "warnings": [
-                *verdict.warnings(shown, pack, train), *broken, *disagreements(manifests),
+                *verdict.warnings(shown, pack, train), *warnings_of_phases(facts), *broken,
+                *disagreements(manifests),
             ],
             "model": model(facts["download_model"], facts["merge"]),
             "rope": {
@@ -197,6 +198,20 @@ def earlier(facts: dict[str, dict], phase: str) -> dict:
         "mix": mix(of["pack"]),
         "training": of["train"],
     }
+
+
+def warnings_of_phases(facts: dict[str, dict]) -> list[str]:
+    """Return a sentence for each thing that was amiss in an earlier phase."""
+    found = []
+    for phase in phases_of(facts):
+        of = {parts(job)[1]: stage for job, stage in facts.items() if parts(job)[0] == phase}
+        rope = of["patch_rope"]
+        lengths = verdict.Figures(
+            rope["original_max_position_embeddings"], rope["max_position_embeddings"], {}, {}
+        )
+        said = [*verdict.mix_warnings(lengths, of["pack"]), *verdict.training_warnings(of["train"])]
+        found += [f"In {phase}: {sentence}" for sentence in said]
+    return found
 
 
 def settings(manifests: dict[str, dict]) -> dict:

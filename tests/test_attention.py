@@ -55,6 +55,14 @@ def test_losses_and_gradients_are_those_under_a_dense_mask(family, again):
         torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
 
 
+def test_a_sliding_window_below_a_document_is_refused():
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    tokens = torch.zeros_like(POSITIONS)
+    with pytest.raises(UserError, match="sliding window of 8 tokens"):
+        model(input_ids=tokens, position_ids=POSITIONS.clone(), use_cache=False)
+
+
 def test_the_documents_of_a_sequence():
     assert attention.document_lengths(POSITIONS.clone()) == LENGTHS
     assert attention.document_lengths(torch.arange(7)[None] + 3) == [[7]]

@@ -12,7 +12,10 @@ from stages import one_sentence
 from longyarn import manifest
 
 # So many that training is still at work when the evaluation is done.
-LONG = {"training": {"steps": 100000, "save_steps": 40, "held_out_steps": None}}
+LONG = {
+    "mix": {"allow_repeats": True},
+    "training": {"steps": 100000, "save_steps": 40, "held_out_steps": None},
+}
 
 
 def test_the_checkpoint_of_the_last_step_is_what_training_gave(finished_copy):
@@ -34,6 +37,14 @@ def test_a_checkpoint_that_is_not_there_is_one_sentence(finished_copy):
     sentence = one_sentence(log.read_text())
     assert "no whole checkpoint of step 3" in sentence
     assert "those of 2, 4" in sentence
+
+
+def test_a_run_that_has_not_come_to_its_training_is_left_alone(workspace):
+    done = workspace.snakemake("results/tests/perplexity/step-2.json", check=False)
+    assert done.returncode == 1
+    sentence = one_sentence(done.stdout[done.stdout.rindex("error: ") :])
+    assert "has not come so far: download_model would have to run first" in sentence
+    assert not (workspace.directory / "results/tests/base.json").exists()
 
 
 def test_a_checkpoint_is_evaluated_while_training_goes_on(finished_copy):

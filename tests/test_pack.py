@@ -363,6 +363,14 @@ def test_workers_and_seeds(tokenised):
     assert made(4) != by_four
 
 
+def test_shares_and_sources_reach_the_stage_through_snakemake(finished_copy):
+    mix = {"shares": {"shakespeare": 1}, "short_from": ["shakespeare"], "packing": "best_fit"}
+    overrides = {"mix": mix | {"token_budget": 8192}}
+    finished_copy.snakemake("results/tests/pack.json", overrides=overrides)
+    record = manifest.read(finished_copy.directory / "results/tests/pack.json")
+    assert {key: record["settings"][key] for key in mix} == mix
+
+
 @pytest.mark.parametrize("strategy", ["concat", "best_fit"])
 def test_the_stage_copies_exactly_and_reports(tokenised, strategy):
     mix = ["--shares", '{"a": 0.25, "b": 0.75}', "--packing", strategy, "--long-share", 0.6]

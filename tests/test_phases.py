@@ -3,9 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_config import DEFAULT, refusal
+from test_config import DEFAULT, SCHEMA_PATH, changed, refusal
 
-from longyarn import config, manifest
+from longyarn import config, engine, manifest, requests
+from longyarn.cli import UserError
 
 EARLIER = {
     "rope": {"target_length": 768},
@@ -50,10 +51,37 @@ def test_a_phase_starts_from_the_merged_model_of_the_one_before(finished_copy):
     assert "phase-1: YaRN to 768 tokens, 2 steps" in (run / "report.html").read_text()
     assert (run / "logs" / "phase-1" / "train.metrics.jsonl").is_file()
 
-    changed = EARLIER | {"training": EARLIER["training"] | {"learning_rate": 2.0e-3}}
-    assert finished_copy.planned({"phases": [changed]}) == {
+    other = EARLIER | {"training": EARLIER["training"] | {"learning_rate": 2.0e-3}}
+    assert finished_copy.planned({"phases": [other]}) == {
         "train": 2, "merge": 2, "perplexity": 1, "passkey": 1, "report": 1,
     }  # fmt: skip
+
+
+def test_a_phase_made_anew_with_the_same_weights_is_the_same_start(finished, tmp_path):
+    """Settings that only watch are in a phase's manifest, but start nothing anew after it."""
+    run = finished.directory / "results" / "tests"
+    inputs = {"base": run / "base.json", "rope": run / "rope/yarn.json", "pack": run / "pack.json"}
+    settings = manifest.read_json(run / "trained.json")["settings"]
+    record = manifest.read_json(inputs["base"])
+    for name, altered in (
+        ("settings", record | {"settings": {"save_steps": 7}, "inputs": {"train": "0" * 64}}),
+        (
+            "weights",
+            record | {"files": {"base/model.safetensors": {"size": 1, "sha256": "0" * 64}}},
+        ),
+    ):
+        other = tmp_path / f"{name}.json"
+        manifest.write_json(other, altered)
+        found = engine.identity(settings, inputs | {"base": other}, run / "trained.json")
+        same = found == engine.identity(settings, inputs, run / "trained.json")
+        assert same == (name == "settings")
+
+
+def test_a_phase_s_hardware_is_checked_too():
+    phase = {"training": {"attention": "flash_attention_2", "precision": "bf16"}}
+    made = config.complete(changed(DEFAULT, "phases", [phase]), SCHEMA_PATH)
+    with pytest.raises(UserError, match=r"in phase-1 of .* but training\.gpus is 0"):
+        requests.check(made)
 
 
 def test_sequences_can_be_shorter_than_the_target(finished_copy):
@@ -83,6 +111,7 @@ def test_a_phase_has_the_run_s_settings_but_for_its_changes():
         ({"training": {"learning_rate": 0}}, "must be more than 0"),
         ({"training": {"gpus": 2}}, "training.gpus is that of the whole run, 0"),
         ({"training": {"batch_size": 3, "micro_batch_size": 2}}, "choose a multiple of 2"),
+        ({"training": {"early_stopping": 2}}, "set training.held_out_steps"),
         ({"mix": {"sequence_length": 8192}}, "longer than rope.target_length 4096"),
         ({"rope": {"factor": 4, "original_max_position_embeddings": 512}}, "contradicts"),
         ({"model": {"source": "other"}}, "'phases[0].model' is unknown"),

@@ -28,6 +28,12 @@ def forward(module, query, key, value, attention_mask, *, position_ids=None, **k
             "begin; set training.attention to eager, or mix.document_masks to false"
         )
     found = document_lengths(position_ids)
+    window = kwargs.get("sliding_window")
+    if window and window < max(max(lengths) for lengths in found):
+        raise UserError(
+            f"the model attends within a sliding window of {window} tokens, which training.attention sdpa "
+            "does not know together with mix.document_masks; set eager, or rope.sliding_window full"
+        )
     rows = [slice(row, row + 1) for row in range(len(found))] if len(found) > 1 else [slice(None)]
     outputs = []
     for row, lengths in zip(rows, found, strict=True):

@@ -4,6 +4,7 @@ Base models have no template of their own, so the configuration names one. Answe
 puts between ``{% generation %}`` and ``{% endgeneration %}``, transformers' own tags.
 """
 
+import re
 from pathlib import Path
 
 from longyarn.cli import UserError, first_line
@@ -27,7 +28,7 @@ def load(name: str) -> str:
         raise UserError(
             f"corpus.chat_template {name!r} is neither {known} nor a file of text; mend it"
         ) from None
-    if "generation" not in text:
+    if not re.search(r"\{%-?\s*generation\s*-?%\}", text):
         raise UserError(
             f"the template {path} marks no answers; put {{% generation %}} and {{% endgeneration %}} "
             "around what the assistant writes"

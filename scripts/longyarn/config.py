@@ -241,6 +241,12 @@ def check_corpus(corpus: dict) -> None:
                 f"collection {entry['collection']!r} of corpus states messages_column and "
                 "instruction_column; leave one null"
             )
+    for name in corpus["held_out"]:
+        if name.partition("/")[0] not in names:
+            raise UserError(
+                f"corpus.held_out names {name!r}, but no source has the collection "
+                f"{name.partition('/')[0]!r}; mend it, or set corpus.held_out to [] for none"
+            )
     counts = corpus["held_out_documents"]
     unknown = sorted(counts.keys() - names)
     if unknown:

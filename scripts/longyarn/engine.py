@@ -19,6 +19,8 @@ from longyarn.cli import UserError
 OBSERVING = (
     "logging_steps", "save_steps", "save_minutes", "save_total_limit", "held_out_steps", "report_to",
 )  # fmt: skip
+# The facts of each input that training depends on, beside its files; None for all.
+OF_INPUTS = {"base": ("trust_remote_code",), "rope": None, "pack": ("document_masks",)}
 # Settings that say where a run takes place: its checkpoints fit no other.
 PLACEMENT = ("nodes", "gpus", "zero_stage", "sp_size", "offload", "threads")
 
@@ -36,15 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def inputs(arguments: argparse.Namespace) -> dict[str, Path]:
     """Return the manifests of what a run is made from."""
-    return {name: getattr(arguments, name) for name in ("base", "rope", "pack")}
+    return {name: getattr(arguments, name) for name in OF_INPUTS}
 
 
-def identity(settings: dict, inputs: dict[str, Path], trained: Path) -> dict:
-    """Return what defines a run, its ``placement`` apart: settings, code, inputs and the run's name.
+def defining(settings: dict) -> dict:
+    """Return what of config section `training` defines a run, its ``placement`` apart.
 
-    ``settings`` are config section `training`, ``inputs`` the manifests of base, RoPE and pack,
-    ``trained`` the one to be written. Under a constant learning rate the number of steps defines
-    nothing: more steps go on from a finished run.
+    Under a constant learning rate the number of steps does not: more steps go on from a finished run.
     """
     apart = {*OBSERVING, *PLACEMENT}
     if settings["scheduler"] == "constant_with_warmup":
@@ -52,10 +52,22 @@ def identity(settings: dict, inputs: dict[str, Path], trained: Path) -> dict:
     return {
         "settings": {key: value for key, value in settings.items() if key not in apart},
         "placement": {key: settings[key] for key in PLACEMENT},
+    }
+
+
+def identity(settings: dict, inputs: dict[str, Path], trained: Path) -> dict:
+    """Return what defines a run: its settings, code and inputs, and its name.
+
+    ``settings`` are config section `training`, ``inputs`` the manifests of base, RoPE and pack,
+    ``trained`` the one to be written. Of the inputs their content counts, so a phase that was made
+    anew with the same weights is the same start.
+    """
+    return defining(settings) | {
         "code": manifest.code_hash(Path(__file__).parents[1] / "train.py"),
         # Two runs that differ in their evaluation alone must not take each other for an attempt.
         "run": str(trained),
-    } | {name: manifest.sha256(path) for name, path in inputs.items()}
+        **{name: manifest.content_hash(path, OF_INPUTS[name]) for name, path in inputs.items()},
+    }
 
 
 def require_packages(settings: dict) -> None:

@@ -159,7 +159,7 @@ def parsed(line: bytes, encoding: str) -> object:
         return json.loads(line.decode(encoding).removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         return BadRecord(f"is not {encoding} ({first_line(error)})")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         return BadRecord(f"is not JSON ({first_line(error)})")
 
 

@@ -20,7 +20,7 @@ VERSION = 1
 ALL_BAD = 100  # when so many first records are all bad, it is the entry that is wrong
 
 START = {
-    "shards": 0, "finished": False, "stream": None, "records_read": 0, "characters_read": 0,
+    "shards": 0, "sizes": [], "finished": False, "stream": None, "records_read": 0, "characters_read": 0,
     "characters": 0, "empty_documents": 0, "bad_records": 0, "bad_examples": [], "ended_by": None,
 }  # fmt: skip
 COUNTS = ("records_read", "empty_documents", "bad_records", "bad_examples", "ended_by")
@@ -87,11 +87,12 @@ def is_fetched(entry: dict, skip_bad: bool, cache: Path) -> bool:
 
 
 def last_position(directory: Path) -> dict:
-    """Return how far an entry was fetched; the start where a shard of it was removed since."""
+    """Return how far an entry was fetched; the start where a shard of it is not what was written."""
     file = directory / "position.json"
     position = manifest.read_json(file) if file.is_file() else START
-    shards = (directory / documents.shard_name(number) for number in range(position["shards"]))
-    return dict(position if all(shard.is_file() for shard in shards) else START)
+    shards = [directory / documents.shard_name(number) for number in range(position["shards"])]
+    sizes = [shard.stat().st_size if shard.is_file() else None for shard in shards]
+    return dict(position if sizes == position["sizes"] else START)
 
 
 def key(entry: dict, skip_bad: bool) -> str:
@@ -120,9 +121,12 @@ def fetch(entry: dict, collection: Collection, directory: Path) -> dict:
             done=position["characters"],
             size=records.characters,
         )
-        while documents.write_shard(directory / documents.shard_name(position["shards"]), found):
+        while documents.write_shard(
+            shard := directory / documents.shard_name(position["shards"]), found
+        ):
             position |= {
                 "shards": position["shards"] + 1,
+                "sizes": [*position["sizes"], shard.stat().st_size],
                 "stream": stream.state_dict(),
                 "bad_records": collection.bad_records,
                 "bad_examples": collection.bad_examples,
@@ -220,6 +224,10 @@ def hub_errors(entry: dict) -> Iterator[None]:
         raise UserError(
             f"{name} cannot be read ({first_line(error.__cause__ or error)}); mend its entry in "
             "corpus.datasets, or name sound files under data_files"
+        ) from None
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{name} lacks a file that corpus.datasets names ({first_line(error)}); mend its data_files"
         ) from None
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):

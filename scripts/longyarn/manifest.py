@@ -165,6 +165,17 @@ def problems(path: Path, manifest: dict) -> list[str]:
     return found
 
 
+def content_hash(path: Path, facts: Iterable[str] | None = None) -> str:
+    """Return a hash of a manifest's payload and of these of its facts, of all where none are named.
+
+    Two manifests that differ in how the same files came about have the same.
+    """
+    manifest = read_json(path)
+    kept = {key: value for key, value in manifest["facts"].items() if facts is None or key in facts}
+    text = json.dumps([manifest["files"], kept], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def set_aside_incomplete(manifests: Iterable[Path]) -> list[str]:
     """Rename each manifest whose payload is not whole; return a sentence for each.
 

@@ -239,7 +239,9 @@ def make_plan(
                 f"{long_share:g}, mix.shares and mix.short_from; bring more documents or change them"
             )
     elif not _feasible(pools, counts, sequence_length):
-        raise UserError(_too_little(token_budget, long_share, counts, pools, lengths, sources))
+        raise UserError(
+            _too_little(token_budget, long_share, counts, pools, lengths, sources, sequence_length)
+        )
 
     fill = {"concat": concat, "best_fit": best_fit}[strategy]
     long, short = [], []
@@ -382,15 +384,21 @@ def _too_little(
     pools: list[Pool],
     lengths: np.ndarray,
     sources: Sources,
+    sequence_length: int,
 ) -> str:
-    """Say what a budget needs and what there is."""
+    """Say what a budget needs, what there is, and how many tokens are missing."""
+    windows = sum(
+        max(0, long + pool.reserve(short, sequence_length) - len(pool.windows))
+        for pool, (long, short) in zip(pools, counts, strict=True)
+    )
+    missing = windows * sequence_length
     asked = f"mix.token_budget {budget} at long_share {long_share:g}"
     if sources.shares is None and sources.short_from is None:
         long, short = counts[0]
         return (
             f"{asked} needs {long} long and {short} short sequences, but the training documents hold "
-            f"{len(pools[0].windows)} long windows and {lengths.sum()} tokens in all; lower the budget "
-            "or bring more documents"
+            f"{len(pools[0].windows)} long windows and {lengths.sum()} tokens in all, so {missing} tokens "
+            "are missing; lower the budget or bring more documents"
         )
     names = list(sources.shares) if sources.shares else ["the corpus"]
     needs = "; ".join(
@@ -400,7 +408,7 @@ def _too_little(
     )
     return (
         f"{asked} needs of {needs}; lower the budget, change mix.shares or mix.short_from, or bring "
-        "more documents"
+        f"more documents ({missing} tokens are missing)"
     )
 
 

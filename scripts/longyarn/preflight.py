@@ -442,10 +442,20 @@ def minutes_of(limit: str) -> float:
         return math.inf
 
 
+# What may run beside a run that trains, when one of its checkpoints is looked at.
+AFTER_CHECKPOINT = ("merge", "perplexity", "passkey")
+
+
 def command(run: Run) -> str:
     """What Snakemake was told fits this workflow: Snakemake itself waits for ever, or says nothing."""
     if run.cores == 0 and not run.slurm:
         raise UserError("--cores is 0, so no job could ever start; give at least 1")
+    first = [job for job in run.jobs if job.rule.name not in ("checkpoint", *AFTER_CHECKPOINT)]
+    if run.has("checkpoint") and first:
+        raise UserError(
+            f"the checkpoint asked for is of a run that has not come so far: {requests.job_name(first[0])} "
+            "would have to run first, beside the run itself; wait until it trains its last phase"
+        )
     if run.unknown_rules:
         raise UserError(
             f"set-resources names {run.unknown_rules[0]}, but no rule is called so; mend the profile"

@@ -80,6 +80,16 @@ def check(config: dict) -> None:
     """Refuse a model.shape or a hardware.gpu that is not listed, or that cannot do what is asked."""
     if config["model"]["shape"]:
         shapes.named(config["model"]["shape"])
+    for name, settings in phases(config).items():
+        try:
+            check_hardware(settings)
+        except UserError as error:
+            where = f"in {name.strip('/')} of config key 'phases': " if name else ""
+            raise UserError(f"{where}{error}") from None
+
+
+def check_hardware(config: dict) -> None:
+    """Refuse a GPU that is not listed, or that has not the precision or the attention asked for."""
     for section in ("training", "evaluation"):
         if config["training"]["gpus"]:
             gpu_rate(config, config[section]["precision"])

@@ -184,6 +184,11 @@ class Worker:
         scored = np.zeros(len(places), bool)
         for begin, end in answers:
             scored |= (places[:, 1] > begin) & (places[:, 0] < end)
+        if not scored.any():
+            raise UserError(
+                f"corpus.chat_template marks no answer in {document['id']}; put {{% generation %}} and "
+                "{% endgeneration %} around what the assistant writes"
+            )
         tokens = encoding.ids
         # Templates often write bos and eos themselves.
         before = () if tuple(tokens[:1]) == self.settings.before else self.settings.before
