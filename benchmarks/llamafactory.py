@@ -83,7 +83,7 @@ run_exp(json.load(open(sys.argv[1])))
 THEIR_LINE = r"\{'loss': '?([0-9.]+)"
 
 
-def theirs(directory: Path, training: dict) -> dict:
+def theirs(directory: Path, training: dict, output: str) -> dict:
     """Return LLaMA-Factory's arguments for the same training."""
     lora = training["lora"]
     return {
@@ -98,7 +98,7 @@ def theirs(directory: Path, training: dict) -> dict:
         "dataset": "unused",  # asked for, though tokenized_path is what is read
         "tokenized_path": str(directory / "dataset"),
         "disable_shuffling": True,
-        "output_dir": str(directory / "theirs"),
+        "output_dir": str(directory / output),
         "per_device_train_batch_size": training["micro_batch_size"],
         "gradient_accumulation_steps": training["batch_size"] // training["micro_batch_size"],
         "learning_rate": training["learning_rate"],
@@ -130,9 +130,6 @@ def measure() -> dict:
             [python, "-c", TO_DATASET, directory / "ids.json", directory / "dataset"],
             check=True, capture_output=True,
         )  # fmt: skip
-        settings = directory / "theirs.json"
-        settings.write_text(json.dumps(theirs(directory, training)), encoding="utf-8")
-        other_side = [python, "-P", "-u", "-c", TRAIN, settings, training["threads"]]
         unmasked = small_runs.train_command(
             directory, directory / "unmasked", training, rope="rope/yarn.json"
         )
@@ -140,6 +137,10 @@ def measure() -> dict:
             stage = small_runs.train_command(
                 RUN, directory / f"ours-{number}", training, rope="rope/yarn.json"
             )
+            settings = directory / f"theirs-{number}.json"
+            arguments = theirs(directory, training, f"theirs-{number}")
+            settings.write_text(json.dumps(arguments), encoding="utf-8")
+            other_side = [python, "-P", "-u", "-c", TRAIN, settings, training["threads"]]
             ours, _ = training_speed.steps(stage)
             other, losses = training_speed.steps(other_side, THEIR_LINE)
             pairs.append((ours, other))

@@ -43,7 +43,9 @@ def steps(command: list, line_of_a_step: str = OUR_LINE) -> tuple[float, list[fl
                 times.append(time.perf_counter())
                 seen.append(float(found.group(1)))
     if process.returncode or len(times) != STEPS:
-        raise SystemExit(f"error: {command[1]} failed or logged {len(times)} of {STEPS} steps")
+        raise SystemExit(
+            f"error: {' '.join(map(str, command[:4]))}… failed or logged {len(times)} of {STEPS} steps"
+        )
     return (times[-1] - times[WARM - 1]) / (STEPS - WARM), seen
 
 
