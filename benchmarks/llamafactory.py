@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import small_runs
 import training_speed
 from safetensors.numpy import load_file
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN = training_speed.RUN
 ENVIRONMENT = ROOT / ".cache" / "benchmarks" / "llamafactory"
 VERSION = "0.9.5"
+UNTIMED = 2 * training_speed.WARM  # sequences of the first steps, two a step
 
 
 class NotInstalled(Exception):
@@ -52,19 +54,37 @@ def environment() -> Path:
 
 
 def prepare(directory: Path) -> None:
-    """Write a model directory, the token ids as they read them, and our inputs without masks."""
+    """Write a model directory, the token ids as they read them, and our inputs with and without masks."""
     shutil.copytree(RUN / "base", directory / "model")
     shutil.copyfile(RUN / "rope/yarn/config.json", directory / "model/config.json")
     # Their collator makes no label of the padding token, which is the base's end of document.
     tokenizer = directory / "model/tokenizer_config.json"
     words = json.loads(tokenizer.read_text(encoding="utf-8")) | {"pad_token": "<pad>"}
     tokenizer.write_text(json.dumps(words), encoding="utf-8")
-    pack = json.loads((RUN / "pack.json").read_text(encoding="utf-8"))
-    ids = load_file(RUN / next(iter(pack["files"])))["input_ids"][: 2 * training_speed.STEPS]
-    small_runs.write_pack(directory, ids.astype("int32"), document_masks=False)
-    for name in ("base.json", "base", "rope"):
-        (directory / name).symlink_to(RUN / name)
+    ids, pieces = sequences()
+    for name, masks in (("masked", True), ("unmasked", False)):
+        (directory / name).mkdir()
+        small_runs.write_pieces(directory / name, ids, pieces, masks)
+        for part in ("base.json", "base", "rope"):
+            (directory / name / part).symlink_to(RUN / part)
     (directory / "ids.json").write_text(json.dumps(ids.tolist()), encoding="utf-8")
+
+
+def sequences() -> tuple[np.ndarray, list[list[int]]]:
+    """Return sequences of the default run and the lengths of their pieces.
+
+    Of those that are timed a fifth hold short documents, as of all that the default packs.
+    """
+    pack = json.loads((RUN / "pack.json").read_text(encoding="utf-8"))
+    stored = load_file(RUN / next(iter(pack["files"])))
+    pieces = np.split(stored["piece_lengths"], stored["piece_offsets"][1:-1])
+    long = [row for row, lengths in enumerate(pieces) if len(lengths) == 1]
+    short = [row for row, lengths in enumerate(pieces) if len(lengths) > 1]
+    rows = [
+        short.pop(0) if number >= UNTIMED and number % 5 == 4 else long.pop(0)
+        for number in range(2 * training_speed.STEPS)
+    ]
+    return stored["input_ids"][rows].astype("int32"), [pieces[row].tolist() for row in rows]
 
 
 TO_DATASET = """
@@ -131,11 +151,11 @@ def measure() -> dict:
             check=True, capture_output=True,
         )  # fmt: skip
         unmasked = small_runs.train_command(
-            directory, directory / "unmasked", training, rope="rope/yarn.json"
+            directory / "unmasked", directory / "checked", training, rope="rope/yarn.json"
         )
         for number in range(training_speed.ROUNDS):
             stage = small_runs.train_command(
-                RUN, directory / f"ours-{number}", training, rope="rope/yarn.json"
+                directory / "masked", directory / f"ours-{number}", training, rope="rope/yarn.json"
             )
             settings = directory / f"theirs-{number}.json"
             arguments = theirs(directory, training, f"theirs-{number}")

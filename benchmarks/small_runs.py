@@ -34,16 +34,25 @@ def random_ids(sequences: int, length: int, vocabulary: int) -> np.ndarray:
 
 def write_pack(directory: Path, input_ids: np.ndarray, document_masks: bool = True) -> None:
     """Write sequences of three pieces each, as the stage pack would."""
+    length = input_ids.shape[1]
+    pieces = [[length // 2, length // 4, length // 4]] * len(input_ids)
+    write_pieces(directory, input_ids, pieces, document_masks)
+
+
+def write_pieces(
+    directory: Path, input_ids: np.ndarray, pieces: list[list[int]], document_masks: bool = True
+) -> None:
+    """Write sequences of pieces of these lengths, as the stage pack would."""
     sequences, length = input_ids.shape
-    pieces = [length // 2, length // 4, length // 4]
+    lengths = [piece for row in pieces for piece in row]
     (directory / "pack").mkdir()
     file = directory / "pack" / "pack.safetensors"
     save_file(
         {
             "input_ids": input_ids,
-            "piece_lengths": np.asarray(pieces * sequences, np.int32),
-            "piece_documents": np.arange(len(pieces) * sequences, dtype=np.int32),
-            "piece_offsets": np.arange(sequences + 1) * len(pieces),
+            "piece_lengths": np.asarray(lengths, np.int32),
+            "piece_documents": np.arange(len(lengths), dtype=np.int32),
+            "piece_offsets": np.cumsum([0, *map(len, pieces)]),
         },
         file,
     )

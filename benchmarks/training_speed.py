@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from longyarn.config import complete  # noqa: E402
 
-WARM, STEPS, ROUNDS = 2, 6, 3  # the first steps are not timed
+WARM, STEPS, ROUNDS = 2, 7, 3  # the first steps are not timed
 OUR_LINE = r"train: step .* loss ([0-9.]+)"
 
 
