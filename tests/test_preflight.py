@@ -23,6 +23,7 @@ from longyarn import preflight
 from longyarn.cli import UserError
 from longyarn.config import complete
 
+REPEATED = {"allow_repeats": True}
 ON_A_GPU = {"training": {"gpus": 1, "precision": "bf16"}}
 
 
@@ -59,15 +60,16 @@ def outcomes(done) -> dict[str, str]:
 def test_the_target_says_all_and_runs_nothing(workspace):
     done = workspace.snakemake("preflight")
     said = outcomes(done)
-    assert list(said) == ["command", "image", "gpus", "disk", "hub", "slurm", "walltime"], (
-        done.stdout
-    )
+    assert list(said) == [
+        "command", "image", "gpus", "disk", "hub", "corpus", "slurm", "walltime",
+    ], done.stdout  # fmt: skip
     assert said.pop("command") == "ok: cores and rules"
     assert said.pop("disk").startswith("ok: ")
     assert said == {
         "image": "not checked: no job to come runs in a container (--sdm apptainer)",
         "gpus": "not checked: no job to come asks for a GPU of this machine",
         "hub": "not checked: model.source is a directory",
+        "corpus": "not checked: the corpus has no local files and no data sets of the hub",
         "slurm": "not checked: no job to come is submitted to SLURM",
         "walltime": "not checked: no job to come is submitted to SLURM",
     }
@@ -356,14 +358,14 @@ def test_of_several_partitions_one_that_fits_is_enough(on_slurm):
 
 
 def test_more_gpus_than_the_machines_have(on_slurm, workspace):
-    done = on_slurm(training={"gpus": 5, "batch_size": 5})
+    done = on_slurm(training={"gpus": 5, "batch_size": 5}, mix={"token_budget": 32768})
     sentence = refusal(workspace, done)
     assert "SLURM refuses the job of train (" in sentence and "GPUs 5, " in sentence
     assert "training.gpus" in sentence
 
 
 def test_training_that_cannot_end_in_its_attempts(on_slurm, workspace):
-    done = on_slurm("--set-resources", "train:runtime=10", training={"steps": 20000})
+    done = on_slurm("--set-resources", "train:runtime=10", training={"steps": 20000}, mix=REPEATED)
     sentence = refusal(workspace, done)
     assert re.search("train needs about [0-9]+ minutes, but its attempts give 40;", sentence)
     assert "raise its `runtime` or `retries` in the profile" in sentence

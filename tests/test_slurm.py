@@ -42,7 +42,7 @@ class Run:
         config: dict | None = None,
         environment: dict | None = None,
     ):
-        config = {"training": TRAINING} | (config or {})
+        config = {"training": TRAINING, "mix": {"allow_repeats": True}} | (config or {})
         (directory / "slurm.yaml").write_text(json.dumps(config))
         self.log = directory / "run.log"
         environment = cluster.environment | (environment or {})
