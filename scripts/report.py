@@ -7,7 +7,6 @@ seconds and can be made anew at any time. docs/report.md describes every key of 
 import argparse
 import csv
 import math
-import os
 from pathlib import Path
 
 from longyarn import figures, manifest, verdict
@@ -55,7 +54,7 @@ def main() -> None:
     with manifest.new_directory(arguments.figures) as directory:
         images = figures.write(report, directory)
     manifest.write_json(arguments.json, report)
-    write_text(arguments.html, page(arguments.template, report, images))
+    manifest.write_text(arguments.html, page(arguments.template, report, images))
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -184,9 +183,14 @@ def mix(pack: dict) -> dict:
     }
 
 
+def facts_of(facts: dict[str, dict], phase: str) -> dict[str, dict]:
+    """Return an earlier phase's facts by stage."""
+    return {parts(job)[1]: found for job, found in facts.items() if parts(job)[0] == phase}
+
+
 def earlier(facts: dict[str, dict], phase: str) -> dict:
     """Return what an earlier phase did: its RoPE, its mix and its training."""
-    of = {parts(job)[1]: found for job, found in facts.items() if parts(job)[0] == phase}
+    of = facts_of(facts, phase)
     rope = of["patch_rope"]
     return {
         "name": phase,
@@ -204,7 +208,7 @@ def warnings_of_phases(facts: dict[str, dict]) -> list[str]:
     """Return a sentence for each thing that was amiss in an earlier phase."""
     found = []
     for phase in phases_of(facts):
-        of = {parts(job)[1]: stage for job, stage in facts.items() if parts(job)[0] == phase}
+        of = facts_of(facts, phase)
         rope = of["patch_rope"]
         lengths = verdict.Figures(
             rope["original_max_position_embeddings"], rope["max_position_embeddings"], {}, {}
@@ -389,14 +393,6 @@ def size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
     return f"{count} bytes"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":
