@@ -69,13 +69,14 @@ def main() -> None:
             arguments.shares,
             arguments.short_from,
         ),
+        whole=tokens.conversations[training],
     )
     batches.require_enough(len(plan), length, arguments.read, arguments.allow_repeats)
-    width = tokens.dtype.itemsize + tokens.conversations
+    width = tokens.dtype.itemsize + bool(tokens.conversations.any())
     require_space(arguments.output.parent, len(plan) * length * width, "the packed sequences")
     numbers = np.append(training, packing.PADDING)  # padding's -1 takes the last
     with manifest.new_directory(arguments.output) as directory:
-        write(directory / "pack.safetensors", plan, tokens, numbers, length)
+        scored = write(directory / "pack.safetensors", plan, tokens, numbers, length)
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
@@ -101,6 +102,7 @@ def main() -> None:
             "long_sequences": plan.long_sequences,
             "tokens_in": record["tokens"],
             "tokens_packed": plan.real.tokens,
+            "tokens_scored": scored,
             "tails_dropped": plan.tails_dropped,
             "unused_by_the_mix": plan.unused,
             "held_out": record["tokens_held_out"],
@@ -113,8 +115,11 @@ def main() -> None:
     )
 
 
-def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, length: int) -> None:
-    """Write the sequences of a plan, a row at a time; ``numbers`` are the documents' in ``tokens``."""
+def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, length: int) -> int:
+    """Write the sequences of a plan, a row at a time; return how many of their tokens are scored.
+
+    ``numbers``: the documents' in ``tokens``, by that in the plan.
+    """
     pieces, shape = plan.pieces, (len(plan), length)
     documents = numbers[pieces.document]
     shards, begins = tokens.places(documents, pieces.start)
@@ -146,12 +151,20 @@ def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, l
         "piece_offsets": plan.offsets.astype(np.int64),
         "input_ids": storage.Stream(tokens.dtype, shape, rows("tokens", tokens.dtype, "pack")),
     }
-    if tokens.conversations:
-        scored = np.dtype(bool)
-        tensors["scored"] = storage.Stream(
-            scored, shape, rows("scored", scored, "pack: what is scored")
-        )
+    scored = plan.real.tokens
+    if tokens.conversations.any():
+        kind, scored = np.dtype(bool), 0
+
+        def counted(masks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+            nonlocal scored
+            for mask in masks:
+                scored += int(mask.sum())
+                yield mask
+
+        masks = counted(rows("scored", kind, "pack: what is scored"))
+        tensors["scored"] = storage.Stream(kind, shape, masks)
     storage.write(path, tensors)
+    return scored
 
 
 def used(plan: packing.Plan, tokens: Tokens, training: np.ndarray) -> dict:
@@ -164,6 +177,7 @@ def used(plan: packing.Plan, tokens: Tokens, training: np.ndarray) -> dict:
     facts = {
         "documents": len(training),
         "documents_used": len(documents),
+        "conversations_too_long": plan.too_long,
         "documents_cut": len(documents) - len(whole),
         "long_documents": plan.long_documents,
         "long_windows": plan.long_windows,

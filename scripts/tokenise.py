@@ -159,7 +159,8 @@ def make_index(
 ) -> tuple[dict[str, np.ndarray], dict]:
     """Return the tensors of the index (see ``tokens.Tokens``) and the facts of the manifest."""
     stored = [
-        storage.load(unit.output, "lengths", "digests", "ids", "id_lengths") for unit in units
+        storage.load(unit.output, "lengths", "digests", "ids", "id_lengths", "conversations")
+        for unit in units
     ]
     lengths = np.concatenate([one["lengths"] for one in stored])
     collections = np.empty(len(lengths), np.int32)
@@ -185,6 +186,7 @@ def make_index(
         "lengths": lengths,
         "roles": roles,
         "collections": collections,
+        "conversations": np.concatenate([one["conversations"] for one in stored]),
         "first_of_shard": np.cumsum([0, *(len(one["lengths"]) for one in stored[:-1])]),
     }
     dropped = np.flatnonzero(roles == DUPLICATE)
@@ -209,7 +211,7 @@ def make_index(
             for name, number in names.items()
         },
         "collection_names": list(names),
-        "conversations": any("scored" in storage.header(unit.output) for unit in units),
+        "conversations": int(index["conversations"].sum()),
     }
     return index, facts
 

@@ -73,6 +73,33 @@ def bring(model: Path, run_directory: Path) -> Path:
     return run_directory / "base.json"
 
 
+def write_mix(directory: Path) -> dict:
+    """Write a small corpus in Markdown, JSON Lines and Parquet; return the section ``corpus`` for it.
+
+    ``directory`` lies in the working directory of the run, below which the section names it.
+    """
+    import pyarrow.parquet
+
+    directory.mkdir()
+    long = "The sun is yellow. Here we go, there and back again.\n" * 400
+    for number in range(2):
+        (directory / f"book{number}.md").write_text(f"# Book {number}\n\n{long}{number}")
+    lines = [json.dumps({"text": f"Short {n}. {long[:900]}"}) for n in range(40)]
+    (directory / "short.jsonl").write_text("\n".join(lines))
+    table = pyarrow.table({"body": [f"Row {n}. {long}" for n in range(4)]})
+    pyarrow.parquet.write_table(table, directory / "rows.parquet")
+    return {
+        "packages": [],
+        "files": [
+            {"collection": "books", "files": f"{directory.name}/*.md"},
+            {"collection": "short", "files": f"{directory.name}/*.jsonl"},
+            {"collection": "rows", "files": f"{directory.name}/*.parquet", "column": "body"},
+        ],
+        "held_out": ["books/book0"],
+        "held_out_documents": {"rows": 1},
+    }
+
+
 @contextlib.contextmanager
 def small_disk(directory: Path, mebibytes: int) -> Iterator[Path]:
     """Mount a file system of this size at a new directory; only root can, so others skip."""

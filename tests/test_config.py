@@ -161,6 +161,15 @@ MISTAKES = [
         {"mix.shares": {"kjv": 1}, "mix.short_from": ["milton"]},
         "mix.short_from names the collection 'milton', to which mix.shares gives nothing",
     ),
+    (
+        {"mix.shares": {"bible": 1}},
+        "mix.shares names the collection 'bible', which no source has; the corpus has kjv, milton, shak",
+    ),
+    ({"mix.short_from": ["Milton"]}, "'Milton', which no source has; the corpus has milton"),
+    (
+        {"rope.method": "none"},
+        "rope.method none keeps the model's own length, so sequences have none",
+    ),
     ({"mix.packing": "first_fit"}, "must be one of concat, best_fit"),
     (
         {"training.steps": 100},

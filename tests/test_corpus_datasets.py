@@ -179,8 +179,9 @@ def refused(hub, directory: Path, wrong: dict, skip_bad=False) -> str:
 REFUSED = {
     "split": ({"split": "trein"}, "Bad split: trein. Available splits: ['train']); mend config, spl"),
     "column": ({"column": "body"}, "record 0 has no column 'body', only 'text', 'meta', 'key'; mend"),
-    "repository": ({"repository": "an/other"}, "the hub did not give an/other (Dataset 'an/other' d"),
+    "repository": ({"repository": "an/other"}, "the hub has no data set an/other, or it is private"),
     "null": ({"revision": None}, "corpus.datasets has no revision of an/books; fill in the commit y"),
+    "gated": ({"repository": "an/gated", "data_files": ["*.parquet"]}, "the hub gates the data set a"),
     "files": ({"data_files": ["x/*.parquet"]}, "an/books cannot be read as asked (At least one valid"),
     "kind": ({"data_files": ["x/*.csv"]}, "name files of one kind, Parquet, Arrow or JSON Lines"),
 }  # fmt: skip
@@ -190,6 +191,8 @@ REFUSED = {
 def test_what_cannot_be_had_is_one_sentence(hub, tmp_path, books, case):
     changes, sentence = REFUSED[case]
     repository = hub.dataset("an/books", books)
+    if case == "gated":
+        changes = changes | {"revision": hub.dataset("an/gated", books, gated=True).commit}
     assert sentence in refused(hub, tmp_path, entry(repository) | changes)
 
 
@@ -322,7 +325,9 @@ def test_access_is_refused_in_one_sentence(hub, tmp_path, books):
         "    except cli.UserError as error:\n        print(error)\n"
     )
     repository = hub.dataset("an/books", books)
-    wrong = [entry(repository) | c for c in ({}, {"revision": "0" * 40}, {"repository": "an/no"})]
+    gated = hub.dataset("an/gated", books, gated=True)
+    changes = ({}, {"revision": "0" * 40}, {"repository": "an/no"})
+    wrong = [*(entry(repository) | change for change in changes), entry(gated)]
     command = [sys.executable, "-c", code, str(ROOT / "scripts"), json.dumps(wrong)]
 
     def said(**variables) -> list[str]:
@@ -330,10 +335,11 @@ def test_access_is_refused_in_one_sentence(hub, tmp_path, books):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
 
-    fine, revision, other = said()
+    fine, revision, other, licence = said()
     assert fine == "ok"
     assert revision.startswith("the hub's data set an/books has no revision 000")
     assert other.startswith("the hub has no data set an/no, or it is private: mend corpus.datasets")
+    assert licence.startswith("the hub gates the data set an/gated: accept its terms on its page")
     for line in said(HF_HUB_OFFLINE="1"):
         assert line.startswith("the hub did not give the data set an/")
         assert "run `snakemake prefetch` where there is a network" in line

@@ -14,7 +14,7 @@ import pytest
 import yaml
 import zstandard
 from conftest import ROOT
-from stages import refusal, run
+from stages import refusal, run, write_mix
 
 import download_corpus
 from longyarn import config, files, manifest
@@ -260,6 +260,12 @@ def test_a_damaged_file(tmp_path, name, damage):
     assert f"a.{name} is damaged or no" in said and "; restore it" in said
 
 
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst"])
+def test_a_compressed_file_without_a_byte(tmp_path, name):
+    (tmp_path / name).touch()
+    assert f"{name} has no byte" in refused(tmp_path, entry(tmp_path / "a.*"), skip_bad=True)
+
+
 def test_patterns_and_names(tmp_path):
     said = refused(tmp_path, entry("nowhere/**/*.txt"))
     assert "corpus.files finds no file that matches 'nowhere/**/*.txt'; mend the pattern" in said
@@ -306,6 +312,10 @@ MISTAKES = {
         {"held_out_documents": {"mein": 2}},
         "corpus.held_out_documents names the collection 'mein', which no source has; the corpus has",
     ),
+    "conversations cut": (
+        {"files": [CORPUS["files"][0] | {"messages_column": "messages"}]},
+        "mix.packing concat would cut the conversations of 'mine', so that answers lose their questions",
+    ),
     "none counted": ({"held_out": [], "held_out_documents": {"x": None}}, "nothing is held out"),
 }
 
@@ -323,27 +333,7 @@ def test_a_mistake_in_the_config_is_one_sentence(case):
 def test_a_mix_of_sources_through_the_chain_and_what_a_changed_file_reruns(workspace):
     """Markdown, JSON Lines and Parquet, to packed sequences; then one file of them changes."""
     texts = workspace.directory / "texts"
-    texts.mkdir()
-    long = "The sun is yellow. Here we go, there and back again.\n" * 400
-    for number in range(2):
-        (texts / f"book{number}.md").write_text(f"# Book {number}\n\n{long}{number}")
-    (texts / "short.jsonl").write_bytes(
-        jsonl([{"text": f"Short {n}. {long[:900]}"} for n in range(40)])
-    )
-    table = pyarrow.table({"body": [f"Row {n}. {long}" for n in range(4)]})
-    pyarrow.parquet.write_table(table, texts / "rows.parquet")
-    overrides = {
-        "corpus": {
-            "packages": [],
-            "files": [
-                {"collection": "books", "files": "texts/*.md"},
-                {"collection": "short", "files": "texts/*.jsonl"},
-                {"collection": "rows", "files": "texts/*.parquet", "column": "body"},
-            ],
-            "held_out": ["books/book0"],
-            "held_out_documents": {"rows": 1},
-        }
-    }
+    overrides = {"corpus": write_mix(texts)}
     workspace.snakemake("results/tests/pack.json", overrides=overrides)
     results = workspace.directory / "results" / "tests"
     found = manifest.read(results / "corpus.json")["facts"]["collections"]
@@ -355,7 +345,7 @@ def test_a_mix_of_sources_through_the_chain_and_what_a_changed_file_reruns(works
     held_out = manifest.read(results / "tokens.json")["facts"]["held_out"]
     assert [document["id"] for document in held_out] == ["books/book0", "rows/rows/0"]
     assert "download_corpus" not in workspace.planned(overrides, "results/tests/pack.json")
-    (texts / "book1.md").write_text("# Another\n\n" + long)
+    (texts / "book1.md").write_text("# Another\n\n" + "Here we go. " * 3000)
     planned = workspace.planned(overrides, "results/tests/pack.json")
     assert {"download_corpus", "tokenise", "pack"} <= planned.keys()
     shutil.rmtree(workspace.directory / "results")

@@ -224,6 +224,7 @@ def test_reads_the_held_out_documents_alone(tmp_path):
             "lengths": np.asarray([5, 9, 4]),
             "roles": np.asarray([HELD_OUT, TRAINING, HELD_OUT], np.uint8),
             "collections": np.zeros(3, np.int32),
+            "conversations": np.zeros(3, bool),
             "first_of_shard": np.zeros(1, np.int64),
         },
         index,
@@ -234,7 +235,7 @@ def test_reads_the_held_out_documents_alone(tmp_path):
         settings={},
         inputs={},
         files=[shard, index],
-        facts={"collection_names": ["d"], "conversations": False, "dtype": "int32"},
+        facts={"collection_names": ["d"], "dtype": "int32"},
     )
     found = held_out_documents(tmp_path / "tokens.json")
     assert list(found) == ["d0", "d2"]

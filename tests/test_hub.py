@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 from huggingface_hub import constants
-from stages import MICRO_BASE
+from stages import MICRO_BASE, write_mix
 
 SNAPSHOT = """
 import sys
@@ -120,7 +120,7 @@ def test_a_dataset_is_streamed(hub, tmp_path, kind, cut):
 
 
 def test_the_chain_with_a_sharded_model_from_the_hub(hub, workspace, tmp_path, monkeypatch):
-    """A branch, a connection that is cut, and after it every stage to the merged model."""
+    """A branch, a connection that is cut, files of three formats, and every stage to the report."""
     from transformers import LlamaForCausalLM
 
     from longyarn import manifest
@@ -137,17 +137,13 @@ def test_the_chain_with_a_sharded_model_from_the_hub(hub, workspace, tmp_path, m
         monkeypatch.delenv(name)
     for name, value in hub.environment(tmp_path / "home", "hf_mine").items():
         monkeypatch.setenv(name, value)
-    # The corpus comes from the shared cache; the model's part of the cache is this test's own.
-    (workspace.directory / "cache").mkdir()
-    for part in ROOT.glob(".cache/*"):
-        if part.name != "hub":
-            (workspace.directory / "cache" / part.name).symlink_to(part.resolve())
     overrides = {
         "model": {"source": "an/model", "revision": "main", "disclosure": None},
         "paths": {"cache": "cache"},
+        "corpus": write_mix(workspace.directory / "texts"),
         "training": {"steps": 2, "held_out_steps": None},
     }
-    done = workspace.snakemake("results/tests/merged.json", overrides=overrides)
+    done = workspace.snakemake("results/tests/report.json", overrides=overrides)
     results = workspace.directory / "results" / "tests"
     assert "model.revision main of an/model is today the commit" in done.stdout
     assert len(hub.asked(shards[1])) == 2
@@ -158,5 +154,8 @@ def test_the_chain_with_a_sharded_model_from_the_hub(hub, workspace, tmp_path, m
     assert [name for name in merged["files"] if "model-" in name] == [f"merged/{n}" for n in shards]
     written = json.loads((results / "merged" / "config.json").read_text())
     assert written["rope_parameters"]["factor"] == 2
+    report = json.loads((results / "report.json").read_text())
+    assert report["mix"]["checked"] and report["chain"]["broken"] == 0
+    assert set(report["perplexity"]) == {"base", "yarn", "trained"}
     assert not list(workspace.directory.rglob("*.incomplete"))
     assert "hf_mine" not in done.stdout + "".join(p.read_text() for p in results.glob("*.json"))

@@ -41,8 +41,13 @@ def sequences(found: packing.Plan) -> list[list[tuple[int, int, int]]]:
     ]
 
 
-def check(found: packing.Plan, lengths: list[int], piece_length: int) -> list[np.ndarray]:
-    """Check what holds for every plan; return how often each token is used, by document."""
+def check(
+    found: packing.Plan, lengths: list[int], piece_length: int, whole: frozenset[int] = frozenset()
+) -> list[np.ndarray]:
+    """Check what holds for every plan; return how often each token is used, by document.
+
+    ``whole``: the documents that are never cut.
+    """
     assert found.real.tokens + found.tails_dropped + found.unused == sum(lengths)
     assert found.real.tokens + found.padding == len(found) * LENGTH
     assert sum(found.short_tokens.values()) == found.real.tokens - LENGTH * found.long_sequences
@@ -56,10 +61,13 @@ def check(found: packing.Plan, lengths: list[int], piece_length: int) -> list[np
                 assert (document, start, length) == sequence[-1]
                 continue
             assert start >= 0 and start + length <= lengths[document]
-            assert length <= piece_length or (length == LENGTH and start % LENGTH == 0)
+            if document in whole:
+                assert (start, length) == (0, lengths[document])
+            else:
+                assert length <= piece_length or (length == LENGTH and start % LENGTH == 0)
             counted[document][start : start + length] += 1
     assert max(part.max() for part in counted) <= 1
-    if piece_length < LENGTH:
+    if piece_length < LENGTH and not whole:
         assert long == found.long_sequences
     return counted
 
@@ -75,11 +83,22 @@ def check(found: packing.Plan, lengths: list[int], piece_length: int) -> list[np
     collections=st.lists(st.integers(0, 2), min_size=30, max_size=30),
     shares=st.none() | st.tuples(*[st.integers(1, 4)] * 2, st.integers(0, 4)),
     short_from=st.none() | st.sets(st.sampled_from("abc"), min_size=2),
+    whole=st.just(frozenset()) | st.frozensets(st.integers(0, 29)),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_token_is_accounted_for(
-    lengths, long_share, piece_length, budget, strategy, collections, shares, short_from, seed
+    lengths,
+    long_share,
+    piece_length,
+    budget,
+    strategy,
+    collections,
+    shares,
+    short_from,
+    whole,
+    seed,
 ):
+    whole = frozenset(number for number in whole if number < len(lengths))
     of = np.asarray(collections[: len(lengths)])
     if shares:
         shares = {
@@ -90,6 +109,7 @@ def test_every_token_is_accounted_for(
     asked = {
         "long_share": long_share, "piece_length": piece_length, "token_budget": budget,
         "strategy": strategy, "sources": sources, "seed": seed,
+        "whole": np.isin(np.arange(len(lengths)), list(whole)),
     }  # fmt: skip
     try:
         found = plan(lengths, **asked)
@@ -97,7 +117,9 @@ def test_every_token_is_accounted_for(
         event("refused")  # it cannot be met; the tests below show that what can be is
         return
     event(f"packed by {strategy}, {'with' if shares else 'without'} shares")
-    counted = check(found, lengths, piece_length)
+    assert strategy == "best_fit" or not whole
+    counted = check(found, lengths, piece_length, whole)
+    assert found.too_long == sum(lengths[number] > LENGTH for number in whole)
     count = len(found)
     assert budget is None or count == budget // LENGTH
     assert abs(found.long_sequences - long_share * count) <= 0.5 + len(short_from or "") * bool(
@@ -113,7 +135,7 @@ def test_every_token_is_accounted_for(
         uncut = {
             (number, *part)
             for number, length in enumerate(lengths)
-            for part in parts_of(length, piece_length)
+            for part in parts_of(length, length if number in whole else piece_length)
         }
         assert {piece for piece in zip_pieces(found) if piece[0] >= 0} <= uncut
     if shares:
@@ -253,6 +275,17 @@ def sources(of: list[int], names="ab", **asked) -> packing.Sources:
     return packing.Sources(np.asarray(of), list(names), **asked)
 
 
+def test_a_conversation_is_packed_whole_or_not_at_all():
+    lengths, whole = [40, 64, 65, 20, 200], np.asarray([True, True, True, False, False])
+    found = plan(lengths, long_share=0, strategy="best_fit", whole=whole)
+    pieces = zip_pieces(found)
+    assert {piece for piece in pieces if piece[0] < 2} == {(0, 0, 40), (1, 0, 64)}
+    assert not any(piece[0] == 2 for piece in pieces)
+    assert (found.too_long, found.long_documents) == (1, 1)
+    with pytest.raises(UserError, match=r"mix\.packing concat would cut conversations"):
+        plan(lengths, long_share=0, whole=whole)
+
+
 def test_where_short_pieces_come_from_is_stated():
     lengths, of = [640, 640, 64, 60, 60], [0, 0, 1, 1, 1]
     asked = {"long_share": 0.5, "token_budget": 256}
@@ -380,6 +413,7 @@ def test_the_stage_copies_exactly_and_reports(tokenised, strategy):
     parts = ("tokens_packed", "tails_dropped", "unused_by_the_mix", "held_out", "duplicates")
     assert facts["tokens_in"] == sum(facts[part] for part in parts) == tokens.lengths.sum()
     assert facts["tokens_packed"] + facts["padding"] == facts["sequences"] * 512
+    assert facts["tokens_scored"] == facts["tokens_packed"]
     stored = load_file(tokenised / "pack/pack.safetensors")
     assert stored["input_ids"].dtype == np.uint16
     assert stored["input_ids"].shape == (facts["sequences"], 512)
@@ -436,8 +470,10 @@ def test_padding_and_questions_are_not_learnt(inputs, masks):  # noqa: F811
     run(pack, *packed(inputs, *mix, "--sequence-length", 200))
     record = manifest.read(inputs / "pack.json")["facts"]
     assert record["padding"] > 0
+    assert (record["documents_cut"], record["conversations_too_long"]) == (0, 0)
     data, tokens = Packed(inputs / "pack/pack.safetensors", masks), Tokens(inputs / "tokens.json")
     stored = load_file(inputs / "pack/pack.safetensors")
+    assert record["tokens_scored"] == stored["scored"].sum() < record["tokens_packed"]
     model = AutoModelForCausalLM.from_pretrained(MICRO_BASE, attn_implementation="sdpa").eval()
     conversations = 0
     for row in range(len(data)):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from stages import edit_json
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -271,6 +272,42 @@ def test_method_a_and_method_b_give_identical_frequencies(tmp_path):
     assert config.max_position_embeddings == other.max_position_embeddings == 4096
     plain = LlamaForCausalLM(llama(32, length=512)).model.rotary_emb.inv_freq
     assert not torch.allclose(first, plain)
+
+
+@pytest.mark.parametrize("write_config", [True, False])
+def test_a_model_with_code_of_its_own(tmp_path, write_config):
+    """Its Python files lie beside its weights, not beside the config that is written."""
+    own = llama(32, length=512)
+    model = LlamaForCausalLM(own)
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n"
+        "    model_type = 'own'\n"
+    )
+    (tmp_path / "base" / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    classes = {"AutoConfig": "configuration_own.OwnConfig"}
+    classes["AutoModelForCausalLM"] = "modeling_own.OwnModel"
+    edit_json(tmp_path / "base" / "config.json", model_type="own", auto_map=classes)
+    manifest.write(
+        tmp_path / "base.json",
+        script=ROOT / "scripts" / "download_model.py",
+        settings={},
+        inputs={},
+        files=sorted((tmp_path / "base").iterdir()),
+        facts={"directory": "base", "trust_remote_code": True},
+    )
+    written, done = patch(tmp_path / "base.json", "rope", write_config=write_config)
+    assert done.returncode == 0, done.stderr
+    loaded = models.load_model(
+        tmp_path / "base", written, dtype="fp32", attention="sdpa", trust_remote_code=True
+    )
+    assert type(loaded).__name__ == "OwnModel"
+    assert loaded.config.max_position_embeddings == 4096
+    assert loaded.config.rope_parameters["rope_type"] == "yarn"
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 def test_a_changed_config_is_noticed_at_load(tmp_path):

@@ -238,6 +238,7 @@ class Run:
         self.write("pack", "pack", MIX | {
             "document_masks": True, "sequence_length": 4096, "sequences": 20, "long_sequences": 16,
             "documents": 1, "documents_used": 1, "documents_cut": 1, "long_documents": 1,
+            "tokens_scored": 80_000, "conversations_too_long": 2,
             "long_windows": 22, "packing": "best_fit", "padding": 10, "allow_repeats": False,
             "collections": {"x": {
                 "documents": 1, "documents_used": 1, "tokens": 94_000, "tokens_packed": 81_920,

@@ -248,7 +248,7 @@ def test_the_answers_of_conversations_alone_are_scored(inputs, template):
     answers = [answer.replace(" <|im_end|>", "<|im_end|>") for answer in answers]
     assert [answer.removesuffix(end).strip() for answer in answers] == ["A star.", "No star."]
     assert all(answer.endswith(end) for answer in answers)
-    assert tokens.scored(1).all() and tokens.conversations
+    assert tokens.scored(1).all() and tokens.conversations.any()
 
 
 def test_a_template_of_ones_own(inputs, tmp_path):

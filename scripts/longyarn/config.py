@@ -221,15 +221,15 @@ def check(config: dict) -> None:
 def check_corpus(corpus: dict) -> None:
     """Refuse a corpus without a source or without held-out documents, and what contradicts itself."""
     entries = corpus["files"] + corpus["datasets"]
-    names = {rule["collection"] for package in corpus["packages"] for rule in package["documents"]}
-    if not names and not entries:
+    sources = collections(corpus)
+    if not sources:
         raise UserError("corpus is empty; state corpus.packages, corpus.files or corpus.datasets")
+    names = set(sources)
     for entry in entries:
-        if entry["collection"] in names:
+        if sources.count(entry["collection"]) > 1:
             raise UserError(
                 f"two sources of corpus have the collection {entry['collection']!r}; give one another name"
             )
-        names.add(entry["collection"])
         asked, answered = entry["instruction_column"], entry["answer_column"]
         if bool(asked) != bool(answered) or (entry["input_column"] and not asked):
             raise UserError(
@@ -248,19 +248,33 @@ def check_corpus(corpus: dict) -> None:
                 f"{name.partition('/')[0]!r}; mend it, or set corpus.held_out to [] for none"
             )
     counts = corpus["held_out_documents"]
-    unknown = sorted(counts.keys() - names)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=1) or sorted(names)[:3]
+    for unknown in sorted(counts.keys() - names):
         raise UserError(
-            f"corpus.held_out_documents names the collection {unknown[0]!r}, which no source has; the "
-            f"corpus has {', '.join(near)}, and null takes a name out that another file put in"
+            f"corpus.held_out_documents names the collection {unknown!r}, which no source has; the "
+            f"corpus has {_near(unknown, names)}, and null takes a name out that another file put in"
         )
+
+
+def collections(corpus: dict) -> list[str]:
+    """Return the collection of each source of a corpus; a package names one as often as it likes."""
+    packages = {rule["collection"] for source in corpus["packages"] for rule in source["documents"]}
+    return [*packages, *(entry["collection"] for entry in corpus["files"] + corpus["datasets"])]
+
+
+def _near(name: str, known: set[str]) -> str:
+    """Return the known name that is most like another, or the first few."""
+    return ", ".join(difflib.get_close_matches(name, known, n=1) or sorted(known)[:3])
 
 
 def check_training(config: dict) -> None:
     """Refuse what contradicts itself in the sections that a phase can change."""
     rope, target = config["rope"], config["rope"]["target_length"]
     length = batches.sequence_length(config)
+    if rope["method"] == "none" and config["mix"]["sequence_length"] is None:
+        raise UserError(
+            "rope.method none keeps the model's own length, so sequences have none to follow from; set "
+            "mix.sequence_length"
+        )
     if length > target:
         raise UserError(
             f"mix.sequence_length {length} is longer than rope.target_length {target}; lower it, or "
@@ -327,6 +341,20 @@ def check_mix(config: dict) -> None:
         raise UserError(
             f"mix.shares sum to {sum(shares.values()):g}; mend them so that they sum to 1"
         )
+    known = set(collections(config["corpus"]))
+    for key in ("shares", "short_from"):
+        for name in mix[key] or []:
+            if name not in known:
+                raise UserError(
+                    f"mix.{key} names the collection {name!r}, which no source has; the corpus has "
+                    f"{_near(name, known)}"
+                )
+    for entry in config["corpus"]["files"] + config["corpus"]["datasets"]:
+        if mix["packing"] == "concat" and (entry["messages_column"] or entry["instruction_column"]):
+            raise UserError(
+                f"mix.packing concat would cut the conversations of {entry['collection']!r}, so that "
+                "answers lose their questions; set it to best_fit"
+            )
     for name in mix["short_from"] or []:
         if shares is not None and not shares.get(name):
             raise UserError(

@@ -245,7 +245,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with open(path, "rb") as file:
             yield file
         return
-    # pyarrow notices a file that was cut off; Python's own readers of zstd do not.
+    if not path.stat().st_size:
+        raise UserError(
+            f"{path} has no byte, so it is no {path.suffix.lstrip('.')} file; restore it"
+        )
+    # pyarrow notices a file that was cut off later; Python's own readers of zstd do not.
     with pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix]) as stream:
         yield io.BufferedReader(stream)
 

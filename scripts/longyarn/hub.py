@@ -20,9 +20,9 @@ from longyarn.cli import UserError, first_line, require_space
 
 # Of the repository's top directory; the tensors come after them, as the index names them.
 SMALL = (
-    "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
-    "LICENSE*",
+    "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
+    "tokenizer*.model*", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "vocab*.txt",
+    "merges.txt", "chat_template.j*", "LICENSE*",
 )  # fmt: skip
 CODE = ("*.py",)
 TENSORS = ".safetensors"

@@ -52,14 +52,27 @@ def check(entry: dict) -> None:
 
 
 def check_access(entry: dict) -> None:
-    """Ask the hub for a data set's record at its revision, and stop when it has none for us."""
+    """Ask the hub for a data set at its revision, and stop when it has none for us."""
     from httpx2 import HTTPError
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name, revision = entry["repository"], entry["revision"]
     try:
-        HfApi().dataset_info(name, revision=revision, timeout=10)
+        files = HfApi().dataset_info(name, revision=revision, timeout=10).siblings
+        if files:
+            # Anyone sees the record of a gated data set; a file of it tells whether we may have it.
+            place = {"repo_type": "dataset", "revision": revision}
+            get_hf_file_metadata(hf_hub_url(name, files[0].rfilename, **place), timeout=10)
+    except GatedRepoError:
+        raise UserError(
+            f"the hub gates the data set {name}: accept its terms on its page, then log in with "
+            "`hf auth login` to an account that has access"
+        ) from None
     except RevisionNotFoundError:
         raise UserError(
             f"the hub's data set {name} has no revision {revision}; mend it in corpus.datasets"
@@ -109,6 +122,7 @@ def fetch(entry: dict, collection: Collection, directory: Path) -> dict:
         return position
     collection.bad_records = position["bad_records"]
     collection.bad_examples = list(position["bad_examples"])
+    check_access(entry)
     with hub_errors(entry):
         stream = open_stream(entry)
         if position["stream"]:

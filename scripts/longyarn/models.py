@@ -24,8 +24,11 @@ def load_config(model_directory: Path, rope_path: Path, trust_remote_code: bool 
     facts = rope["facts"]
     written = [name for name in rope["files"] if name.endswith("config.json")]
     source = Path(rope_path).parent / written[0] if written else Path(model_directory)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if not written:
+    config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
+    if written:
+        # By the class of the model's own, whose code may lie beside its weights.
+        config = type(config).from_dict(manifest.read_json(source))
+    else:
         config.rope_parameters = dict(facts["rope_parameters"])
         config.max_position_embeddings = facts["max_position_embeddings"]
         if facts["full_attention"]:

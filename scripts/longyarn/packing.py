@@ -2,7 +2,8 @@
 
 A *window* is ``sequence_length`` consecutive tokens of one document: it teaches long positions. A
 *piece* is at most ``piece_length`` consecutive tokens of one document: pieces are packed to full length
-and keep the model good at what it was. Everything is counted: no token vanishes.
+and keep the model good at what it was. A *whole* document is never cut: a conversation, whose answer
+would lose its question. Everything is counted: no token vanishes.
 
 Documents can be millions, so pieces are arrays, not objects.
 """
@@ -106,6 +107,7 @@ class Plan:
     long_sequences: int
     long_documents: int  # that fill a window
     long_windows: int  # that there are
+    too_long: int  # whole documents longer than a sequence
     tails_dropped: int
     unused: int
     short_tokens: dict[str, int]
@@ -199,8 +201,12 @@ def make_plan(
     seed: int,
     strategy: str = "concat",
     sources: Sources | None = None,
+    whole: np.ndarray | None = None,
 ) -> Plan:
     """Choose and order the training sequences of documents with these token ``lengths``.
+
+    ``whole`` bool (documents,) tells those that are packed as one piece or, where they are longer than
+    a sequence, not at all; they need ``best_fit``.
 
     Short pieces come first from short documents and from the tails of long ones, then from long
     windows that were not chosen, cut to ``piece_length``. By ``concat`` a piece that overruns its sequence
@@ -213,12 +219,19 @@ def make_plan(
     lengths = np.asarray(lengths, np.int64)
     sources = sources or Sources(np.zeros(len(lengths), np.int64), ["documents"])
     generator = np.random.default_rng(seed)
-    windows, pieces = cut(lengths, sequence_length, piece_length)
+    whole = np.zeros(len(lengths), bool) if whole is None else np.asarray(whole)
+    if strategy == "concat" and whole.any():
+        raise UserError(
+            "mix.packing concat would cut conversations, so that answers lose their questions; set it to "
+            "best_fit"
+        )
+    windows, pieces = cut(lengths, sequence_length, piece_length, whole)
+    too_long = lengths[whole & (lengths > sequence_length)]
     if long_share > 0 and not len(windows):
         raise UserError(
             f"no document is as long as rope.target_length {sequence_length} tokens (the longest has "
-            f"{max(lengths, default=0)}), so mix.long_share {long_share:g} cannot be met; bring longer "
-            "documents or set it to 0"
+            f"{max(lengths[~whole], default=0)}), so mix.long_share {long_share:g} cannot be met; bring "
+            "longer documents or set it to 0"
         )
     pools = make_pools(windows, pieces, sources)
     available = int(lengths.sum()) // sequence_length
@@ -265,10 +278,11 @@ def make_plan(
         pieces=packed.pieces,
         offsets=packed.offsets,
         long_sequences=sum(number for number, _ in counts),
-        long_documents=int((lengths >= sequence_length).sum()),
+        long_documents=len(np.unique(windows.document)),
         long_windows=len(windows),
+        too_long=len(too_long),
         tails_dropped=packed.tail,
-        unused=packed.unused,
+        unused=packed.unused + int(too_long.sum()),
         short_tokens={
             "short documents and tails": real[real.natural].tokens,
             "cut from long documents": real[~real.natural].tokens,
@@ -276,13 +290,18 @@ def make_plan(
     )
 
 
-def cut(lengths: np.ndarray, window: int, piece: int) -> tuple[Pieces, Pieces]:
-    """Cut documents into all their windows, and the rest into pieces of at most ``piece`` tokens."""
-    documents = np.arange(len(lengths))
-    whole = lengths // window * window
+def cut(lengths: np.ndarray, window: int, piece: int, whole: np.ndarray) -> tuple[Pieces, Pieces]:
+    """Cut documents into all their windows, and the rest into pieces of at most ``piece`` tokens.
+
+    Those that are ``whole``, bool (documents,), are one piece each if it is no longer than a window.
+    """
+    documents, zeros = np.arange(len(lengths)), np.zeros_like(lengths)
     ones = np.ones(len(lengths), bool)
-    windows = Pieces(documents, np.zeros_like(lengths), whole, ~ones).cut(window)
-    return windows, Pieces(documents, whole, lengths - whole, ones).cut(piece)
+    rest = lengths // window * window
+    uncut = Pieces(documents, zeros, lengths, ones)[whole & (lengths <= window)]
+    windows = Pieces(documents, zeros, rest, ~ones)[~whole].cut(window)
+    pieces = Pieces(documents, rest, lengths - rest, ones)[~whole].cut(piece)
+    return windows, Pieces.joined([pieces, uncut])
 
 
 def make_pools(windows: Pieces, pieces: Pieces, sources: Sources) -> list[Pool]:

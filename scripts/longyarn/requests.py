@@ -27,9 +27,9 @@ TOKENS = 250e3  # tokens a second of a tokenizer on one core, about
 TOKENISE_WORKERS = 4  # processes of tokenise, where there are so many cores
 ROW_GROUP = 4000 * MIB  # of Parquet, decoded: an allowance; those of books are large
 WORKER = 250 * MIB  # of each of them, whatever the size of the corpus
-# A thread's operations a second, measured: training in the default run, 1.2e13 of them, took 304 s on one
+# A thread's operations a second, measured: training in the default run, 1.2e13 of them, took 233 s on one
 # thread of an AMD EPYC. Its matrices are small and its attention is masked; other models may reach more.
-CPU_RATE = 3.8e10
+CPU_RATE = 5.1e10
 # Where the model's shape or the number of tokens is unknown: 13B with LoRA, and a day.
 UNKNOWN = {"mem_mb": 64_000, "runtime": 24 * 60}
 GPUS_OF_A_MACHINE = 8

@@ -117,18 +117,16 @@ class Worker:
 
         The file has ``tokens`` (n,), all documents end to end, their ``lengths`` int64 (documents,),
         ``digests`` uint64 (documents, 2) of their text with whitespace made equal, ``ids`` uint8, UTF-8
-        end to end, and ``id_lengths`` int32 (documents,); where there are conversations, ``scored`` bool
-        (n,), which tells the tokens of answers.
+        end to end, and ``id_lengths`` int32 (documents,); ``conversations`` bool (documents,) tells them
+        from texts, and where there are any, ``scored`` bool (n,) tells the tokens of answers.
         """
         pieces, masks, ids, digests = [], [], [], []
-        conversations = False
         for batch in batches(unit):
             for document, (piece, mask) in zip(batch, self.encode(batch), strict=True):
                 pieces.append(piece)
                 masks.append(mask)
                 ids.append(document["id"].encode())
                 digests.append(digest(document))
-                conversations |= mask is not None
         empty = np.empty(0, self.dtype)
         tensors = {
             "tokens": np.concatenate([empty, *pieces]),
@@ -136,8 +134,9 @@ class Worker:
             "digests": np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2),
             "ids": np.frombuffer(b"".join(ids), np.uint8),
             "id_lengths": np.asarray([len(name) for name in ids], np.int32),
+            "conversations": np.asarray([mask is not None for mask in masks], bool),
         }
-        if conversations:
+        if tensors["conversations"].any():
             tensors["scored"] = np.concatenate(
                 [
                     np.ones(len(piece), bool) if mask is None else mask

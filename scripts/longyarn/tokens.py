@@ -18,8 +18,8 @@ class Tokens:
 
     ``lengths`` int64 (documents,) are their tokens, ``roles`` uint8 (documents,) say whether a document
     is for ``TRAINING``, ``HELD_OUT`` or dropped as a ``DUPLICATE``, and ``collections`` int32 (documents,)
-    are numbers into ``collection_names``. ``conversations``: whether any document has tokens that are
-    not scored. ``dtype`` is how tokens are stored: uint16 or int32.
+    are numbers into ``collection_names``. ``conversations`` bool (documents,) tells those that have tokens
+    that are not scored. ``dtype`` is how tokens are stored: uint16 or int32.
 
     Tokens are read from the files when they are asked for, and not kept.
     """
@@ -33,10 +33,10 @@ class Tokens:
         self.lengths = np.asarray(index["lengths"])
         self.roles = np.asarray(index["roles"])
         self.collections = np.asarray(index["collections"])
+        self.conversations = np.asarray(index["conversations"])
         self.first_of_shard = np.asarray(index["first_of_shard"])
         self.begins = np.concatenate([[0], np.cumsum(self.lengths)])
         self.collection_names: list[str] = record["facts"]["collection_names"]
-        self.conversations: bool = record["facts"]["conversations"]
         self.dtype = np.dtype(record["facts"]["dtype"])
         self._files: OrderedDict[int, tuple] = OrderedDict()
 
