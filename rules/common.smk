@@ -206,6 +206,7 @@ def evaluation_lengths():
         "--tokens-per-document": [perplexity["tokens_per_document"]],
         "--passkey-lengths": passkey["lengths"],
         "--digits": [passkey["digits"]],
+        "--thresholds": [as_json(config["verify"])],
     }
     return " ".join(
         " ".join(map(str, [name, *values])) for name, values in options.items()

@@ -47,6 +47,7 @@ rule report:
         perplexity=by_name("perplexity", VARIANTS),
         passkey=by_name("passkey", VARIANTS),
         phases=[f"{job}={written}" for job, written in EARLIER.items()],
+        thresholds=as_json(config["verify"]),
         disclosure=config["model"]["disclosure"] or "",
         benchmarks=f"{RUN}/benchmarks",
     shell:
@@ -54,7 +55,7 @@ rule report:
         " --tokens {input.tokens} --pack {input.pack} --train {input.train} --merge {input.merge}"
         " --rope {params.rope:q} --trained-rope {params.trained_rope}"
         " --perplexity {params.perplexity:q} --passkey {params.passkey:q}"
-        " --phases {params.phases:q}"
+        " --phases {params.phases:q} --thresholds {params.thresholds}"
         " --disclosure={params.disclosure:q} --template {input.template}"
         " --benchmarks {params.benchmarks:q} --html {output.html} --json {output.json}"
         " --figures {output.figures} 2>&1 | tee {log}"

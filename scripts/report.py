@@ -6,6 +6,7 @@ seconds and can be made anew at any time. docs/report.md describes every key of 
 
 import argparse
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def main() -> None:
         help="manifests of earlier phases, in order: phase-1/pack=manifest, phase-1/train=…",
     )  # fmt: skip
     parser.add_argument(
+        "--thresholds", type=json.loads, required=True, help="config section `verify`, as JSON"
+    )
+    parser.add_argument(
         "--disclosure", default="", help="what the base has in common with the tests"
     )
     parser.add_argument("--template", type=Path, required=True, help="Jinja2 template of the page")
@@ -48,7 +52,7 @@ def main() -> None:
         raise UserError(f"--rope lacks the trained variant {arguments.trained_rope!r}; add it")
     manifests = {job: read_stage(path, job) for job, path in paths.items()}
     hashes = {job: manifest.sha256(path) for job, path in paths.items()}
-    report = assemble(manifests, hashes, arguments.trained_rope)
+    report = assemble(manifests, hashes, arguments.trained_rope, arguments.thresholds)
     report["model"]["disclosure"] = arguments.disclosure or None
     report["timings"] = timings(arguments.benchmarks, list(manifests))
     with manifest.new_directory(arguments.figures) as directory:
@@ -97,7 +101,9 @@ def read_stage(path: Path, job: str) -> dict:
     return found
 
 
-def assemble(manifests: dict[str, dict], hashes: dict[str, str], trained_rope: str) -> dict:
+def assemble(
+    manifests: dict[str, dict], hashes: dict[str, str], trained_rope: str, thresholds: dict
+) -> dict:
     """Return report.json, all but the timings, which differ between equal runs."""
     facts = {job: found["facts"] for job, found in manifests.items()}
     rope, pack, train = facts[f"patch_rope.{trained_rope}"], facts["pack"], facts["train"]
@@ -111,7 +117,7 @@ def assemble(manifests: dict[str, dict], hashes: dict[str, str], trained_rope: s
     links, broken = chain(manifests, hashes, trained_rope)
     return portable(
         {
-            "verdict": verdict.judge(shown),
+            "verdict": verdict.judge(shown, thresholds),
             "warnings": [
                 *verdict.warnings(shown, pack, train), *warnings_of_phases(facts), *broken,
                 *disagreements(manifests),
@@ -159,9 +165,11 @@ def variants(facts: dict[str, dict], stage: str) -> dict[str, dict]:
 
 
 def model(base: dict, merged: dict) -> dict:
-    """Return what the base model is, and the size of what was made of it."""
+    """Return what the base model is, and the size of what was made of it and what rounding took."""
     kept = ("source", "revision", "model_type", "trust_remote_code", "bytes")
-    return {key: base[key] for key in kept} | {"merged_bytes": merged["bytes"]}
+    return {key: base[key] for key in kept} | {
+        "merged_bytes": merged["bytes"], "merge_error": merged["merge_error"],
+    }  # fmt: skip
 
 
 def held_out(tokens: dict, perplexity: dict[str, dict]) -> list[dict]:
