@@ -44,6 +44,7 @@ localrules:
     preflight,
     plan,
     download_model,
+    download_variant,
     download_corpus,
     checkpoint,
     gate,
@@ -66,6 +67,8 @@ rule prefetch:
         f"{RUN}/base",
         f"{RUN}/corpus.json",
         f"{RUN}/corpus",
+        expand(f"{RUN}/models/{{name}}.json", name=PUBLISHED),
+        expand(f"{RUN}/models/{{name}}", name=PUBLISHED),
 
 
 rule preflight:

@@ -360,6 +360,7 @@ def test_every_key_is_documented(made):
     text = (ROOT / "docs" / "report.md").read_text()
     inner = ("verdict", "model", "rope", "corpus", "mix", "training", "chain")
     keys = set(report).union(*(report[part] for part in inner))
+    keys |= set(report["comparisons"][0]) | set(report["comparisons"][0]["perplexity"])
     keys |= set(report["verdict"]["checks"][0]) | set(report["held_out"][0])
     keys |= set(report["rope"]["variants"]["yarn"]) | set(report["timings"]["train"])
     keys |= set(report["mix"]["collections"]["x"]) | set(report["mix"]["piece_lengths"][0])

@@ -43,6 +43,15 @@ CHANGES = {
         {"evaluation": {"variants": ["base", "yarn", "trained", "ntk"]}},
         {"patch_rope": 1, "perplexity": 1, "passkey": 1} | REPORT,
     ),
+    # The test configuration defines it, and does not list it.
+    "a variant of one's own more": (
+        {"evaluation": {"variants": ["base", "yarn", "trained", "yarn-4"]}},
+        {"patch_rope": 1, "perplexity": 1, "passkey": 1} | REPORT,
+    ),
+    "a variant of one's own defined": (
+        {"evaluation": {"more_variants": {"linear-4": {"method": "linear", "factor": 4}}}},
+        {},
+    ),
     "held-out documents": (
         {"corpus": {"held_out": ["shakespeare/hamlet"]}},
         FROM_TOKENS,

@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from longyarn import batches, thresholds
+from longyarn import batches, thresholds, variants
 from longyarn.cli import UserError
 
 
@@ -216,6 +216,7 @@ def check(config: dict) -> None:
         )
     check_corpus(corpus)
     check_training(config)
+    variants.check(config)
     check_verify(config)
 
 
