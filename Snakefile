@@ -1,7 +1,8 @@
 """Longyarn: extend the context of a RoPE model, with the evidence that it works.
 
 The stages, in order; each is rules/X.smk with scripts/X.py and targets a manifest:
-download_model, download_corpus, patch_rope, tokenise, pack, train, merge, perplexity, passkey, report.
+download_model, download_corpus, patch_rope, tokenise, pack, train, merge, perplexity, passkey, report,
+gate.
 """
 
 from snakemake.utils import min_version
@@ -29,29 +30,34 @@ include: "rules/merge.smk"
 include: "rules/perplexity.smk"
 include: "rules/passkey.smk"
 include: "rules/report.smk"
+include: "rules/gate.smk"
 include: "rules/micro_base.smk"
 include: "rules/plan.smk"
 
 
 # These run where Snakemake itself runs, so under SLURM on the login node: compute nodes often have no
-# network. A container does not change that: a local rule runs in its image all the same.
+# network, and the gate is not worth the queue. A container does not change that: a local rule runs in
+# its image all the same.
 localrules:
     all,
     prefetch,
     preflight,
     plan,
     download_model,
+    download_variant,
     download_corpus,
     checkpoint,
+    gate,
 
 
 rule all:
-    """The report, and the model that it is about."""
+    """The report, the model that it is about, and the gate that it passed."""
     default_target: True
     input:
         f"{RUN}/report.html",
         f"{RUN}/merged.json",
         f"{RUN}/merged",
+        f"{RUN}/verified.json",
 
 
 rule prefetch:
@@ -61,6 +67,8 @@ rule prefetch:
         f"{RUN}/base",
         f"{RUN}/corpus.json",
         f"{RUN}/corpus",
+        expand(f"{RUN}/models/{{name}}.json", name=PUBLISHED),
+        expand(f"{RUN}/models/{{name}}", name=PUBLISHED),
 
 
 rule preflight:

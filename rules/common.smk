@@ -18,6 +18,7 @@ from longyarn import (
     manifest,
     preflight,
     requests,
+    variants,
 )
 from longyarn.cli import UserError
 from longyarn.config import complete, phases
@@ -54,6 +55,20 @@ def rope_of(settings):
 
 TRAINED_ROPE = rope_of(config)
 VARIANTS = config["evaluation"]["variants"]
+MORE_VARIANTS = config["evaluation"]["more_variants"]
+PUBLISHED = [name for name in VARIANTS if "source" in MORE_VARIANTS.get(name, {})]
+try:
+    # The merged model of another run, and the RoPE that it was made with.
+    OTHER_RUNS = {
+        name: Path(config["paths"]["results"]) / MORE_VARIANTS[name]["run"]
+        for name in VARIANTS
+        if "run" in MORE_VARIANTS.get(name, {})
+    }
+    ROPE_OF_OTHER_RUNS = {
+        name: variants.of_run(run, name) for name, run in OTHER_RUNS.items()
+    }
+except UserError as error:
+    sys.exit(f"error: {error}")
 
 
 def gpus_of_each_node():
@@ -80,7 +95,7 @@ if config["training"]["gpus"] and config["hardware"]["slurm_gpu_type"]:
 
 
 wildcard_constraints:
-    variant="base|linear|ntk|yarn|trained|step-[0-9]+",
+    variant="|".join([*variants.BUILT_IN, "step-[0-9]+", *MORE_VARIANTS]),
     phase="(phase-[0-9]+/)?",
     step="[0-9]+",
 
@@ -143,9 +158,14 @@ def by_name(directory, names):
     return [f"{name}={RUN}/{directory}/{name}.json" for name in names]
 
 
+def source_of(wildcards):
+    """Return source and revision of the model that a job downloads: the base, or a published variant."""
+    return MORE_VARIANTS.get(getattr(wildcards, "variant", None), config["model"])
+
+
 def local_model_files(wildcards):
     """Return the files of a local source, so that a changed model is noticed; none for the hub."""
-    source = Path(config["model"]["source"]).expanduser()
+    source = Path(source_of(wildcards)["source"]).expanduser()
     return sorted({str(file) for pattern in WANTED for file in source.glob(pattern)})
 
 
@@ -156,16 +176,17 @@ def local_corpus_files(wildcards):
 
 
 def rope_settings(wildcards):
-    """Return the config keys that a variant depends on; the untouched base depends on none."""
-    if wildcards.variant == "base":
+    """Return the config keys that a variant depends on; the base and published models depend on none."""
+    variant = wildcards.variant
+    if variant in ("base", *PUBLISHED):
         return as_json(
             {"method": "none", "write_config": config["rope"]["write_config"]}
         )
-    settings = dict(phase_of(wildcards)["rope"]) | {"method": wildcards.variant}
-    if wildcards.variant != "yarn":
-        for key in ("beta_fast", "beta_slow", "attention_factor"):
-            del settings[key]
-    return as_json(settings)
+    return as_json(
+        variants.rope_settings(
+            phase_of(wildcards)["rope"], variant, MORE_VARIANTS.get(variant, {})
+        )
+    )
 
 
 def request(stage, what):
@@ -206,6 +227,7 @@ def evaluation_lengths():
         "--tokens-per-document": [perplexity["tokens_per_document"]],
         "--passkey-lengths": passkey["lengths"],
         "--digits": [passkey["digits"]],
+        "--thresholds": [as_json(config["verify"])],
     }
     return " ".join(
         " ".join(map(str, [name, *values])) for name, values in options.items()
@@ -252,22 +274,41 @@ def chat_template_file():
 
 
 def variant_inputs(wildcards):
-    """Return the manifests and payloads of a variant's weights and RoPE.
+    """Return the manifests and payloads of a variant's weights and RoPE, and the base's manifest.
+
+    The base's, because a variant with another tokenizer cannot be compared.
+    """
+    model, rope = weights_of(wildcards.variant), rope_of_variant(wildcards.variant)
+    return {
+        "base": f"{RUN}/base.json",
+        "model": f"{model}.json",
+        "weights": ancient(model),
+        "rope": f"{rope}.json",
+        "rope_files": ancient(rope),
+    }
+
+
+def weights_of(variant):
+    """Return a variant's weights, without ending.
 
     An untrained variant is the base's weights with other RoPE settings; the trained one is merged, and
     so is step-<number>, a checkpoint of it.
     """
-    variant = wildcards.variant
-    untrained = variant != "trained" and not variant.startswith("step-")
-    rope = variant if untrained else TRAINED_ROPE
-    merged = "merged" if variant == "trained" else f"{variant}/merged"
-    model = f"{RUN}/base" if untrained else f"{RUN}/{merged}"
-    return {
-        "model": f"{model}.json",
-        "weights": ancient(model),
-        "rope": f"{RUN}/rope/{rope}.json",
-        "rope_files": ancient(f"{RUN}/rope/{rope}"),
-    }
+    if variant in OTHER_RUNS:
+        return f"{OTHER_RUNS[variant]}/merged"
+    if variant in PUBLISHED:
+        return f"{RUN}/models/{variant}"
+    if variant.startswith("step-"):
+        return f"{RUN}/{variant}/merged"
+    return f"{RUN}/merged" if variant == "trained" else f"{RUN}/base"
+
+
+def rope_of_variant(variant):
+    """Return a variant's RoPE, without ending."""
+    if variant in OTHER_RUNS:
+        return str(ROPE_OF_OTHER_RUNS[variant].with_suffix(""))
+    trained = variant == "trained" or variant.startswith("step-")
+    return f"{RUN}/rope/{TRAINED_ROPE if trained else variant}"
 
 
 def look_before_the_first_job():

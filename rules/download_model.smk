@@ -1,4 +1,7 @@
-"""Bring the base model. In: nothing, or a local directory. Out: its files, checked, and a manifest."""
+"""Bring a model. In: nothing, or a local directory. Out: its files, checked, and a manifest.
+
+The base, or a published model that it is compared with (evaluation.more_variants).
+"""
 
 
 rule download_model:
@@ -16,11 +19,23 @@ rule download_model:
         runtime=request("download_model", "runtime"),
     params:
         code=code("download_model"),
-        source=config["model"]["source"],
-        revision=unless_null("--revision", config["model"]["revision"]),
+        source=lambda wildcards: source_of(wildcards)["source"],
+        revision=lambda wildcards: unless_null(
+            "--revision", source_of(wildcards).get("revision")
+        ),
         trust="--trust-remote-code" if config["model"]["trust_remote_code"] else "",
         cache=config["paths"]["cache"],
     shell:
         "python scripts/download_model.py --source {params.source:q} {params.revision} {params.trust}"
         " --cache {params.cache:q} --manifest {output.manifest} --output {output.payload}"
         " 2>&1 | tee {log}"
+
+
+use rule download_model as download_variant with:
+    output:
+        manifest=f"{RUN}/models/{{variant}}.json",
+        payload=directory(f"{RUN}/models/{{variant}}"),
+    log:
+        f"{RUN}/logs/download_model.{{variant}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/download_model.{{variant}}.tsv"

@@ -29,7 +29,7 @@ rule passkey:
         seed=config["evaluation"]["passkey"]["seed"],
     shell:
         "python scripts/passkey.py --variant {wildcards.variant} --model {input.model}"
-        " --rope {input.rope} --precision {params.precision} --attention {params.attention}"
+        " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
         " --threads {params.threads} --gpus {resources.gpu} --lengths {params.lengths}"
         " --depths {params.depths} --trials {params.trials} --digits {params.digits} --seed {params.seed}"
         " --manifest {output.manifest} 2>&1 | tee {log}"

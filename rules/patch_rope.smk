@@ -3,8 +3,8 @@
 
 rule patch_rope:
     input:
-        base=f"{RUN}/base.json",
-        model=ancient(f"{RUN}/base"),
+        base=lambda wildcards: f"{weights_of(wildcards.variant)}.json",
+        model=lambda wildcards: ancient(weights_of(wildcards.variant)),
     output:
         manifest=f"{RUN}/{{phase}}rope/{{variant}}.json",
         payload=directory(f"{RUN}/{{phase}}rope/{{variant}}"),

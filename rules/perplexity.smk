@@ -29,7 +29,7 @@ rule perplexity:
         tokens=config["evaluation"]["perplexity"]["tokens_per_document"],
     shell:
         "python scripts/perplexity.py --variant {wildcards.variant} --model {input.model}"
-        " --rope {input.rope} --precision {params.precision} --attention {params.attention}"
+        " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
         " --threads {params.threads} --gpus {resources.gpu} --tokens {input.tokens}"
         " --lengths {params.lengths} {params.stride} --tokens-per-document {params.tokens}"
         " --manifest {output.manifest}"

@@ -3,6 +3,9 @@
 # The base's frequencies are those before, the trained one's those after.
 REPORTED_ROPES = sorted({"base", TRAINED_ROPE, *VARIANTS} - {"trained"})
 
+# Variants with weights of their own: of another run, or published.
+WITH_WEIGHTS = [*OTHER_RUNS, *PUBLISHED]
+
 # What each earlier phase wrote, by the name of its job.
 EARLIER = {
     f"{name}{stage}": f"{RUN}/{name}{written}.json"
@@ -24,7 +27,8 @@ rule report:
         pack=f"{RUN}/pack.json",
         train=f"{RUN}/trained.json",
         merge=f"{RUN}/merged.json",
-        rope=expand(f"{RUN}/rope/{{name}}.json", name=REPORTED_ROPES),
+        models=[f"{weights_of(name)}.json" for name in WITH_WEIGHTS],
+        rope=[f"{rope_of_variant(name)}.json" for name in REPORTED_ROPES],
         perplexity=expand(f"{RUN}/perplexity/{{name}}.json", name=VARIANTS),
         passkey=expand(f"{RUN}/passkey/{{name}}.json", name=VARIANTS),
         phases=list(EARLIER.values()),
@@ -42,19 +46,21 @@ rule report:
         runtime=request("report", "runtime"),
     params:
         code=code("report"),
-        rope=by_name("rope", REPORTED_ROPES),
+        models=[f"{name}={weights_of(name)}.json" for name in WITH_WEIGHTS],
+        rope=[f"{name}={rope_of_variant(name)}.json" for name in REPORTED_ROPES],
         trained_rope=TRAINED_ROPE,
         perplexity=by_name("perplexity", VARIANTS),
         passkey=by_name("passkey", VARIANTS),
         phases=[f"{job}={written}" for job, written in EARLIER.items()],
+        thresholds=as_json(config["verify"]),
         disclosure=config["model"]["disclosure"] or "",
         benchmarks=f"{RUN}/benchmarks",
     shell:
         "python scripts/report.py --base {input.base} --corpus {input.corpus}"
         " --tokens {input.tokens} --pack {input.pack} --train {input.train} --merge {input.merge}"
-        " --rope {params.rope:q} --trained-rope {params.trained_rope}"
+        " --models {params.models:q} --rope {params.rope:q} --trained-rope {params.trained_rope}"
         " --perplexity {params.perplexity:q} --passkey {params.passkey:q}"
-        " --phases {params.phases:q}"
+        " --phases {params.phases:q} --thresholds {params.thresholds}"
         " --disclosure={params.disclosure:q} --template {input.template}"
         " --benchmarks {params.benchmarks:q} --html {output.html} --json {output.json}"
         " --figures {output.figures} 2>&1 | tee {log}"

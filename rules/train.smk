@@ -52,7 +52,7 @@ rule train:
     shell:
         # SIGTERM is for the training processes: they save and end, and all else ends after them.
         "trap '' TERM; ({resources.inside_image} python scripts/check_evaluation.py --base {input.base}"
-        " --tokens {input.tokens} {resources.evaluation} && "
+        " --rope {input.rope} --tokens {input.tokens} {resources.evaluation} && "
         "{resources.on_every_node} {resources.inside_image} python scripts/launch.py"
         " {params.nodes} --nproc-per-node {params.processes} scripts/train.py"
         " --base {input.base} --rope {input.rope} --pack {input.pack} --settings {params.settings}"

@@ -1,8 +1,8 @@
 """Merge what was trained into the base model: safetensors in, safetensors out, shard by shard.
 
 A LoRA delta, B·A·alpha/r, is added in float32 and the sum cast to the base's type once; a tensor that
-was trained whole replaces the base's. The merged directory carries its RoPE, tokenizer and
-generation settings, and loads with plain transformers.
+was trained whole replaces the base's. What the cast takes of a change is measured. The merged directory
+carries its RoPE, tokenizer and generation settings, and loads with plain transformers.
 """
 
 import argparse
@@ -34,12 +34,13 @@ def main() -> None:
     trained = arguments.train.parent / train["facts"]["directory"]
     require_space(arguments.output.parent, base["facts"]["bytes"], "the merged model")
 
+    error = 0.0
     with manifest.new_directory(arguments.output) as directory:
         if train["facts"]["mode"] == "lora":
             adapter = read_adapter(trained, tensor_names(source))
             shards = models.tensor_files(source)
             for shard in progress(shards, len(shards), "merge"):
-                merge_shard(shard, directory / shard.name, adapter)
+                error = max(error, merge_shard(shard, directory / shard.name, adapter))
             index = source / "model.safetensors.index.json"
             if index.is_file():
                 shutil.copyfile(index, directory / index.name)
@@ -60,6 +61,7 @@ def main() -> None:
             "source": f"{arguments.output.parent.name}/{arguments.output.name}",
             "revision": None,
             "mode": train["facts"]["mode"],
+            "merge_error": error,
             "trust_remote_code": base["facts"]["trust_remote_code"],
             "bytes": sum(file.stat().st_size for file in files),
         },
@@ -78,7 +80,7 @@ def tensor_names(model_directory: Path) -> set[str]:
 
 
 def read_adapter(directory: Path, base_names: set[str]) -> dict:
-    """Return, by the name of the base's tensor, a function from its old value to its new one.
+    """Return, by the name of the base's tensor, a function from its old value to its new one, uncast.
 
     The names and the scale follow PEFT: ``<name>.lora_A.weight`` is A (r, in), ``lora_B`` is B
     (out, r), and the delta is B·A·alpha/r, or alpha/√r with rsLoRA.
@@ -127,36 +129,45 @@ def is_second_name(name: str, tensors: dict, base_names: set[str]) -> bool:
 def add_delta(a, b, scale: float):
     """Return the change of a matrix W (out, in) to W + scale·B·A, summed in float32."""
 
-    def change(weight):
-        delta = (b.float() @ a.float()) * scale
-        return (weight.float() + delta).to(weight.dtype)
-
-    return change
+    return lambda weight: weight.float() + (b.float() @ a.float()) * scale
 
 
 def replace_by(tensor):
-    """Return the change of a tensor to another one of the same shape, in the old one's type."""
-    return lambda weight: tensor.to(weight.dtype)
+    """Return the change of a tensor to another one of the same shape."""
+    return lambda weight: tensor
 
 
-def merge_shard(source: Path, target: Path, changes: dict) -> None:
-    """Write one shard with ``changes`` applied."""
+def lost(weight, wanted, new) -> float:
+    """Return the share of a change that the cast took: ‖new − wanted‖ / ‖wanted − weight‖, in float32.
+
+    A change of less than half the last bit is lost whole, so 1 means that nothing was learnt.
+    """
+    change = (wanted.float() - weight.float()).norm().item()
+    return (new.float() - wanted.float()).norm().item() / change if change else 0.0
+
+
+def merge_shard(source: Path, target: Path, changes: dict) -> float:
+    """Write one shard with ``changes`` applied; return the largest share of one that was lost."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    merged = {}
+    merged, error = {}, 0.0
     with safe_open(source, framework="pt") as shard:
         metadata = shard.metadata()
         for name in shard.keys():
             weight = shard.get_tensor(name)
-            new = changes[name](weight) if name in changes else weight
+            wanted = changes[name](weight) if name in changes else weight
+            new = wanted.to(weight.dtype)
             if new.shape != weight.shape:
                 raise UserError(
                     f"the adapter's {name} has shape {tuple(new.shape)} where the base model has "
                     f"{tuple(weight.shape)}; it was trained on another model"
                 )
+            if name in changes:
+                error = max(error, lost(weight, wanted, new))
             merged[name] = new.contiguous()
     save_file(merged, target, metadata=metadata)
+    return error
 
 
 def copy_rest(source: Path, directory: Path, rope: dict) -> None:

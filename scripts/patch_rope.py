@@ -33,6 +33,9 @@ def main() -> None:
     write = settings.pop("write_config")
     window = settings.pop("sliding_window", "keep")
     method = settings["method"]
+    if settings.get("target_length", 0) is None:  # a variant that is defined by its factor alone
+        original = settings["original_max_position_embeddings"] or config.max_position_embeddings
+        settings["target_length"] = round(settings["factor"] * original)
     own = dict(config.rope_parameters)
     rope.check_parameters(own)
     own.pop("type", None)

@@ -290,8 +290,8 @@ def shortened(config: dict, target: int) -> dict:
     for instrument in ("perplexity", "passkey"):
         lengths = config["evaluation"][instrument]["lengths"]
         if max(lengths) > target:
-            kept = [length for length in lengths if length <= target] or [target]
-            changes[f"evaluation.{instrument}.lengths"] = kept
+            kept = [length for length in lengths if length < target]
+            changes[f"evaluation.{instrument}.lengths"] = [*kept, target]
     return changes
 
 

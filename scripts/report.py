@@ -6,10 +6,11 @@ seconds and can be made anew at any time. docs/report.md describes every key of 
 
 import argparse
 import csv
+import json
 import math
 from pathlib import Path
 
-from longyarn import figures, manifest, verdict
+from longyarn import comparisons, figures, manifest, verdict
 from longyarn.cli import UserError, program
 
 INSTRUMENTS = ("perplexity", "passkey")
@@ -23,6 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, stage in STAGES.items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=f"manifest of {stage}")
+    parser.add_argument(
+        "--models", type=named, nargs="*", default=[],
+        help="variants with weights of their own, variant=manifest",
+    )  # fmt: skip
     parser.add_argument("--rope", type=named, nargs="+", required=True, help="variant=manifest")
     parser.add_argument("--trained-rope", required=True, help="variant that training started from")
     for name in INSTRUMENTS:
@@ -31,6 +36,9 @@ def main() -> None:
         "--phases", type=named, nargs="*", default=[],
         help="manifests of earlier phases, in order: phase-1/pack=manifest, phase-1/train=…",
     )  # fmt: skip
+    parser.add_argument(
+        "--thresholds", type=json.loads, required=True, help="config section `verify`, as JSON"
+    )
     parser.add_argument(
         "--disclosure", default="", help="what the base has in common with the tests"
     )
@@ -48,7 +56,7 @@ def main() -> None:
         raise UserError(f"--rope lacks the trained variant {arguments.trained_rope!r}; add it")
     manifests = {job: read_stage(path, job) for job, path in paths.items()}
     hashes = {job: manifest.sha256(path) for job, path in paths.items()}
-    report = assemble(manifests, hashes, arguments.trained_rope)
+    report = assemble(manifests, hashes, arguments.trained_rope, arguments.thresholds)
     report["model"]["disclosure"] = arguments.disclosure or None
     report["timings"] = timings(arguments.benchmarks, list(manifests))
     with manifest.new_directory(arguments.figures) as directory:
@@ -68,6 +76,9 @@ def named(text: str) -> tuple[str, Path]:
 def jobs(arguments: argparse.Namespace) -> dict[str, Path]:
     """Return each job's manifest; a job is a stage, or stage.variant, as its log is named."""
     paths = {stage: getattr(arguments, name) for name, stage in STAGES.items()}
+    paths |= {
+        f"{manifest.read_json(path)['stage']}.{variant}": path for variant, path in arguments.models
+    }
     paths |= {f"patch_rope.{variant}": path for variant, path in arguments.rope}
     for stage in INSTRUMENTS:
         paths |= {f"{stage}.{variant}": path for variant, path in getattr(arguments, stage)}
@@ -97,7 +108,9 @@ def read_stage(path: Path, job: str) -> dict:
     return found
 
 
-def assemble(manifests: dict[str, dict], hashes: dict[str, str], trained_rope: str) -> dict:
+def assemble(
+    manifests: dict[str, dict], hashes: dict[str, str], trained_rope: str, thresholds: dict
+) -> dict:
     """Return report.json, all but the timings, which differ between equal runs."""
     facts = {job: found["facts"] for job, found in manifests.items()}
     rope, pack, train = facts[f"patch_rope.{trained_rope}"], facts["pack"], facts["train"]
@@ -111,7 +124,7 @@ def assemble(manifests: dict[str, dict], hashes: dict[str, str], trained_rope: s
     links, broken = chain(manifests, hashes, trained_rope)
     return portable(
         {
-            "verdict": verdict.judge(shown),
+            "verdict": verdict.judge(shown, thresholds),
             "warnings": [
                 *verdict.warnings(shown, pack, train), *warnings_of_phases(facts), *broken,
                 *disagreements(manifests),
@@ -139,6 +152,7 @@ def assemble(manifests: dict[str, dict], hashes: dict[str, str], trained_rope: s
                 }
                 for variant, found in shown.perplexity.items()
             },
+            "comparisons": comparisons.compare(shown),
             "passkey": shown.passkey,
             "passkey_by_length": {
                 variant: {length: verdict.pooled(depths) for length, depths in grid.items()}
@@ -159,9 +173,11 @@ def variants(facts: dict[str, dict], stage: str) -> dict[str, dict]:
 
 
 def model(base: dict, merged: dict) -> dict:
-    """Return what the base model is, and the size of what was made of it."""
+    """Return what the base model is, and the size of what was made of it and what rounding took."""
     kept = ("source", "revision", "model_type", "trust_remote_code", "bytes")
-    return {key: base[key] for key in kept} | {"merged_bytes": merged["bytes"]}
+    return {key: base[key] for key in kept} | {
+        "merged_bytes": merged["bytes"], "merge_error": merged["merge_error"],
+    }  # fmt: skip
 
 
 def held_out(tokens: dict, perplexity: dict[str, dict]) -> list[dict]:
@@ -225,6 +241,8 @@ def settings(manifests: dict[str, dict]) -> dict:
         stage, _, variant = job.partition(".")
         if stage == "patch_rope":
             found.setdefault(stage, {})[variant] = entry["settings"]
+        elif variant and stage not in INSTRUMENTS:
+            found[job] = entry["settings"]
         else:
             found[stage] = {k: v for k, v in entry["settings"].items() if k != "variant"}
     return found
@@ -232,7 +250,9 @@ def settings(manifests: dict[str, dict]) -> dict:
 
 def code(manifests: dict[str, dict]) -> dict[str, str]:
     """Return the hash of each stage's code, this one's too."""
-    found = {job.partition(".")[0]: entry["code"] for job, entry in manifests.items()}
+    found: dict[str, str] = {}
+    for job, entry in manifests.items():
+        found.setdefault(job.partition(".")[0], entry["code"])
     return found | {"report": manifest.code_hash(Path(__file__))}
 
 
@@ -259,6 +279,11 @@ def chain(
 def source_of(job: str, name: str, trained_rope: str, jobs: list[str]) -> str:
     """Return the one of ``jobs`` whose manifest another job takes as its input ``name``."""
     phase, stage, variant = parts(job)
+    own_weights = [j for j in (f"merge.{variant}", f"download_model.{variant}") if j in jobs]
+    if stage in ("merge", "patch_rope") and f"merge.{variant}" in own_weights:
+        return ""  # of another run, whose own report follows it further
+    if own_weights and name == ("base" if stage == "patch_rope" else "model"):
+        return own_weights[0]
     untrained = stage in INSTRUMENTS and variant != "trained"
     if name == "base" and stage in ("train", "merge"):
         names = [*phases_of(jobs), ""]
@@ -348,6 +373,7 @@ def page(template: Path, report: dict, images: dict) -> str:
         "count": lambda value: f"{value:,}",
         "figure": verdict.significant,
         "percent": lambda share: verdict.percent(share).replace(" ", "\N{NO-BREAK SPACE}"),
+        "points": comparisons.points,
         "plain": lambda value: f"{value:,.6g}",
         "range": lambda figure, words=verdict.significant: (
             verdict.between(figure["low"], figure["high"], words)
@@ -369,6 +395,7 @@ def page(template: Path, report: dict, images: dict) -> str:
                 for name, image in images.items()
             },
             percent=verdict.percent,
+            tone=lambda variant: figures.tone(variant, report["rope"]["variants"]),
             light=figures.LIGHT,
             dark=figures.DARK,
         )

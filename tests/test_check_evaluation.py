@@ -1,19 +1,23 @@
 """The evaluation is checked before training, on the real finished run."""
 
+import json
+
 import pytest
 from stages import one_sentence, refusal, run
 
 import check_evaluation
+from longyarn import thresholds
 
 GOOD = {
     "perplexity-lengths": [512, 1024], "tokens-per-document": 2048, "passkey-lengths": [512],
-    "digits": 5,
+    "digits": 5, "thresholds": json.dumps(dict.fromkeys(thresholds.NEEDS)),
 }  # fmt: skip
 
 
 def arguments(finished, **changes) -> list:
     made = finished.directory / "results" / "tests"
     words = ["--base", made / "base.json", "--tokens", made / "tokens.json"]
+    words += ["--rope", made / "rope/yarn.json"]
     for name, value in (GOOD | {k.replace("_", "-"): v for k, v in changes.items()}).items():
         words += [f"--{name}", *(value if isinstance(value, list) else [value])]
     return words
@@ -28,6 +32,15 @@ def test_a_possible_evaluation_passes(finished):
     [
         ({"perplexity_lengths": [10**6], "tokens_per_document": 10**6}, "no held-out document has"),
         ({"passkey_lengths": [512, 60]}, "evaluation.passkey.lengths has 60"),
+        (
+            {
+                "perplexity_lengths": [1024],
+                "thresholds": json.dumps(
+                    dict.fromkeys(thresholds.NEEDS) | {"retention_ratio": 1.1}
+                ),
+            },
+            "verify.retention_ratio needs evaluation.perplexity.lengths to have the model's original",
+        ),
     ],
 )
 def test_an_impossible_one_is_refused(finished, changes, words):

@@ -140,4 +140,44 @@ def test_the_delta_is_added_in_float32():
     weight = torch.randn(64, 64).bfloat16()
     a, b = torch.randn(8, 64), torch.randn(64, 8)
     exact = (weight.double() + 0.01 * (b.double() @ a.double())).bfloat16()
-    assert torch.equal(add_delta(a, b, 0.01)(weight), exact)
+    assert torch.equal(add_delta(a, b, 0.01)(weight).to(weight.dtype), exact)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_rounding_took_of_the_change_is_measured(tmp_path, tied):
+    """Of a bfloat16 base, by hand over all tensors; a float32 one loses nothing."""
+    small_base(tmp_path, tied)
+    adapt(tmp_path, r=4, lora_alpha=8)
+    assert merge(tmp_path).returncode == 0
+    assert manifest.read_facts(tmp_path / "merged.json")["merge_error"] == 0
+    exact = load_all(tmp_path / "merged")
+    from safetensors.torch import save_file
+
+    for file in (tmp_path / "base").glob("*.safetensors"):
+        save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
+    write_manifest(tmp_path, "base", {"trust_remote_code": False, "source": "x", "revision": None})
+    before, rounded = load_all(tmp_path / "base"), {}
+    assert merge(tmp_path).returncode == 0
+    for name, new in load_all(tmp_path / "merged").items():
+        if name in adapted_names(tmp_path):
+            delta = delta_of(tmp_path, name).double()
+            wanted = before[name].double() + delta
+            rounded[name] = float((new.double() - wanted).norm() / delta.norm())
+    assert exact.keys() == before.keys()
+    found = manifest.read_facts(tmp_path / "merged.json")["merge_error"]
+    assert 0 < found < 1 and found == pytest.approx(max(rounded.values()), rel=1e-4)
+
+
+def load_all(directory) -> dict:
+    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def adapted_names(directory) -> set:
+    adapter = load_file(directory / "trained" / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model.").replace(".lora_A", "") for name in adapter}
+
+
+def delta_of(directory, name) -> torch.Tensor:
+    adapter = load_file(directory / "trained" / "adapter_model.safetensors")
+    stem = "base_model.model." + name.removesuffix(".weight")
+    return adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"] * 2  # 8 / 4

@@ -48,6 +48,8 @@ def llama(shape: str, length: int = 32768, **training) -> dict:
         "mix": {"token_budget": None},
         "training": default | {"attention": "flash_attention_2", "loss": "stock"} | training,
         "evaluation": {"precision": "bf16", "attention": "flash_attention_2"},
+        # The default's lengths do not have this target.
+        "verify": {"perplexity_ratio": None, "retention_ratio": None, "passkey_rate": None},
     }
 
 
@@ -265,10 +267,11 @@ def test_advice_of_a_shorter_context_takes_longer_lengths_along():
     with pytest.raises(UserError) as refusal:
         plan.check_fit(config)
     assert str(refusal.value).endswith(
-        "rope.target_length 262144, rope.factor null, evaluation.perplexity.lengths [4096, 32768]"
+        "rope.target_length 262144, rope.factor null, "
+        "evaluation.perplexity.lengths [4096, 32768, 262144]"
     )
     mended = plan.shortened(config, 262144)
-    assert plan.apply(config, [mended])["evaluation"]["perplexity"]["lengths"] == [4096, 32768]
+    assert plan.apply(config, [mended])["evaluation"]["perplexity"]["lengths"][2] == 262144
     assert plan.apply(config, [{"rope.target_length": 262144}]) is None
 
 

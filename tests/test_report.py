@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from test_config import DEFAULT
 
 from longyarn import figures, manifest, statistics, verdict
 from longyarn.cli import UserError
@@ -66,12 +67,16 @@ def shown(perplexity=GOOD, passkey=FOUND, **lengths) -> verdict.Figures:
     )
 
 
+def judge(figures: verdict.Figures, **changes) -> dict:
+    return verdict.judge(figures, DEFAULT["verify"] | changes)
+
+
 def checks(found: dict) -> dict[str, bool]:
     return {check["name"]: check["passed"] for check in found["checks"]}
 
 
 def test_all_checks_pass_and_the_sentence_states_both_figures():
-    found = verdict.judge(shown())
+    found = judge(shown())
     assert checks(found) == dict.fromkeys(verdict.CHECKS, True)
     assert found["headline"] == "All 5 checks pass"
     assert " but " not in found["sentence"]
@@ -90,7 +95,7 @@ def test_all_checks_pass_and_the_sentence_states_both_figures():
     ],
 )
 def test_each_check_fails_alone_and_the_sentence_says_so(name, perplexity, passkey):
-    found = verdict.judge(shown(perplexity, passkey))
+    found = judge(shown(perplexity, passkey))
     assert checks(found) == dict.fromkeys(verdict.CHECKS, True) | {name: False}
     assert found["headline"] == "1 of 5 checks fails"
     failed = next(check for check in found["checks"] if check["name"] == name)
@@ -101,7 +106,7 @@ def test_each_check_fails_alone_and_the_sentence_says_so(name, perplexity, passk
 
 def test_a_threshold_inside_the_interval_is_said():
     few = {variant: grid(counts, trials=4) for variant, counts in {"trained": {4096: 4}}.items()}
-    found = verdict.judge(verdict.Figures(512, 4096, {}, few))
+    found = judge(verdict.Figures(512, 4096, {}, few))
     (check,) = found["checks"]
     assert check["passed"] and not check["decided"]
     assert "reaches across the threshold of “trained passkey found”" in found["sentence"]
@@ -109,7 +114,7 @@ def test_a_threshold_inside_the_interval_is_said():
 
 def test_one_document_gives_no_interval_and_decides_nothing():
     facts = perplexity_facts({512: 30.0, 4096: 29.0}, documents={"books/a": 1000})
-    found = verdict.judge(verdict.Figures(512, 4096, {"trained": facts}, {}))
+    found = judge(verdict.Figures(512, 4096, {"trained": facts}, {}))
     assert "one document, so no interval" in found["sentence"]
     assert not found["checks"][0]["decided"]
 
@@ -124,32 +129,38 @@ def test_ratios_are_paired_by_document():
             {"base": perplexity_facts({512: 3.0}), "trained": perplexity_facts({512: 3.0}, {"x": 9})},
             {},
         )  # fmt: skip
-        verdict.judge(other)
+        judge(other)
 
 
 @pytest.mark.parametrize("absent", ["trained", "base"])
 def test_a_missing_variant_leaves_its_checks_out(absent):
     kept = "base" if absent == "trained" else "trained"
-    found = verdict.judge(shown({kept: GOOD[kept]}, {kept: FOUND[kept]}))
+    found = judge(shown({kept: GOOD[kept]}, {kept: FOUND[kept]}))
     assert len(found["checks"]) == 2 and len(found["not_checked"]) == 3
     assert found["headline"] == "2 of 5 checks made, all of them passed"
     assert f"{absent!r} was not evaluated" in found["sentence"]
 
 
 def test_nothing_evaluated_claims_nothing():
-    found = verdict.judge(shown({}, {}))
+    found = judge(shown({}, {}))
     assert found["checks"] == [] and found["headline"] == "Nothing could be checked"
     assert "pass" not in found["sentence"].replace("passkey", "")
 
 
 def test_a_target_that_was_not_evaluated_is_named():
-    found = verdict.judge(shown(target=8192))
+    found = judge(shown(target=8192))
     assert list(checks(found)) == ["original_length_kept"]
     assert all("at 8,192 tokens" in gap["reason"] for gap in found["not_checked"])
 
 
+def test_a_threshold_that_is_null_is_not_compared():
+    found = judge(shown(), passkey_rate=None)
+    assert list(checks(found)) == [n for n in verdict.CHECKS if n != "trained_passkey_found"]
+    assert found["not_checked"][0]["reason"] == "verify.passkey_rate is null"
+
+
 def test_without_extension_only_two_checks_remain():
-    found = verdict.judge(shown(target=512))
+    found = judge(shown(target=512))
     assert checks(found) == {"original_length_kept": True, "trained_passkey_found": True}
 
 
@@ -255,7 +266,13 @@ class Run:
             "learning_rate": 1e-3, "batch_size": 2, "precision": "fp32",
             "lora": {"rank": 4, "targets": "all-linear"},
         }, {"base": "base", "pack": "pack", "rope": "rope/yarn"})  # fmt: skip
-        self.write("merge", "merge", {"mode": "lora", "bytes": 11}, {}, {"train": "train"})
+        self.write(
+            "merge",
+            "merge",
+            {"mode": "lora", "bytes": 11, "merge_error": 0.0},
+            {},
+            {"train": "train"},
+        )
         for variant in variants:
             inputs = {
                 "model": "merge" if variant == "trained" else "base",
@@ -299,6 +316,7 @@ class Run:
             "--template",
             ROOT / "resources" / "report.html.jinja",
         ]
+        command += ["--thresholds", json.dumps(DEFAULT["verify"])]
         command += ["--html", out / "report.html", "--json", out / "report.json"]
         command += ["--figures", out / "figures"]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -343,6 +361,7 @@ def test_every_key_is_documented(made):
     text = (ROOT / "docs" / "report.md").read_text()
     inner = ("verdict", "model", "rope", "corpus", "mix", "training", "chain")
     keys = set(report).union(*(report[part] for part in inner))
+    keys |= set(report["comparisons"][0]) | set(report["comparisons"][0]["perplexity"])
     keys |= set(report["verdict"]["checks"][0]) | set(report["held_out"][0])
     keys |= set(report["rope"]["variants"]["yarn"]) | set(report["timings"]["train"])
     keys |= set(report["mix"]["collections"]["x"]) | set(report["mix"]["piece_lengths"][0])

@@ -12,7 +12,7 @@ from conftest import ROOT
 from longyarn import manifest
 
 EVALUATIONS = {"perplexity": 3, "passkey": 3}
-REPORT = {"report": 1}
+REPORT = {"report": 1, "gate": 1}
 # What depends on the training sequences. Untrained variants do not.
 FROM_PACK = {"pack": 1, "train": 1, "merge": 1, "perplexity": 1, "passkey": 1} | REPORT
 FROM_TRAIN = {"train": 1, "merge": 1, "perplexity": 1, "passkey": 1} | REPORT
@@ -27,6 +27,7 @@ CHANGES = {
     ),
     "passkey trials": ({"evaluation": {"passkey": {"trials": 3}}}, {"passkey": 3} | REPORT),
     "learning rate": ({"training": {"learning_rate": 2.0e-3}}, FROM_TRAIN),
+    "a threshold": ({"verify": {"merge_error": 0.9}}, REPORT),
     "long share": ({"mix": {"long_share": 0.5}}, FROM_PACK),
     "corpus seed": ({"mix": {"seed": 1}}, FROM_PACK),
     # The untouched base, the tokens and the downloads do not depend on the target.
@@ -41,6 +42,15 @@ CHANGES = {
     "a variant more": (
         {"evaluation": {"variants": ["base", "yarn", "trained", "ntk"]}},
         {"patch_rope": 1, "perplexity": 1, "passkey": 1} | REPORT,
+    ),
+    # The test configuration defines it, and does not list it.
+    "a variant of one's own more": (
+        {"evaluation": {"variants": ["base", "yarn", "trained", "yarn-4"]}},
+        {"patch_rope": 1, "perplexity": 1, "passkey": 1} | REPORT,
+    ),
+    "a variant of one's own defined": (
+        {"evaluation": {"more_variants": {"linear-4": {"method": "linear", "factor": 4}}}},
+        {},
     ),
     "held-out documents": (
         {"corpus": {"held_out": ["shakespeare/hamlet"]}},
@@ -59,6 +69,7 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(finished, change):
 EDIT = "\n\nADDED = 1\n"
 SCRIPTS = {
     "report": REPORT,
+    "gate": {"gate": 1},
     "perplexity": {"perplexity": 3} | REPORT,
     "passkey": {"passkey": 3} | REPORT,
     "longyarn/statistics": EVALUATIONS | REPORT,

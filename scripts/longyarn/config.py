@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from longyarn import batches
+from longyarn import batches, thresholds, variants
 from longyarn.cli import UserError
 
 
@@ -216,6 +216,23 @@ def check(config: dict) -> None:
         )
     check_corpus(corpus)
     check_training(config)
+    variants.check(config)
+    check_verify(config)
+
+
+def check_verify(config: dict) -> None:
+    """Refuse a threshold whose figure would not be measured.
+
+    The original length is the model's, known before training (scripts/check_evaluation.py) where the
+    config does not state it.
+    """
+    evaluation, rope = config["evaluation"], config["rope"]
+    thresholds.check_variants(config["verify"], evaluation["variants"])
+    known = {"target": rope["target_length"], "original": rope["original_max_position_embeddings"]}
+    lengths = {name: evaluation[name]["lengths"] for name in ("perplexity", "passkey")}
+    if rope["method"] != "none":
+        known = {name: length for name, length in known.items() if length}
+        thresholds.check_lengths(config["verify"], lengths, known)
 
 
 def check_corpus(corpus: dict) -> None:

@@ -11,6 +11,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a variant and say how to load it."""
     parser.add_argument("--variant", required=True, help="name of the variant")
     parser.add_argument("--model", type=Path, required=True, help="manifest of the model's weights")
+    parser.add_argument("--base", type=Path, help="manifest of the base, for its tokenizer")
     parser.add_argument("--rope", type=Path, required=True, help="manifest of its RoPE settings")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], required=True)
     parser.add_argument("--attention", required=True, help="transformers' attn_implementation")
@@ -27,6 +28,8 @@ def load(arguments: argparse.Namespace):
     import torch
 
     set_up_torch(arguments.threads)
+    if arguments.base:
+        check_tokenizer(arguments)
     weights = manifest.read(arguments.model)
     try:
         model = models.load_model(
@@ -46,6 +49,31 @@ def load(arguments: argparse.Namespace):
     if arguments.gpus > 1 and torch.cuda.is_available():
         return spread(model, arguments.gpus)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_tokenizer(arguments: argparse.Namespace) -> None:
+    """Stop where a variant's tokenizer has another vocabulary than the base's."""
+    both = [(path, manifest.read(path)) for path in (arguments.base, arguments.model)]
+    files = [
+        entry["sha256"]
+        for _, found in both
+        for name, entry in found["files"].items()
+        if name.endswith("/tokenizer.json")
+    ]
+    if len(files) == 2 and files[0] == files[1]:
+        return
+    base, own = (
+        models.load_tokenizer(
+            path.parent / found["facts"]["directory"], found["facts"]["trust_remote_code"]
+        ).get_vocab()
+        for path, found in both
+    )
+    if own != base:
+        raise UserError(
+            f"the variant {arguments.variant} has another vocabulary than the base ({len(own)} and "
+            f"{len(base)} tokens), so the two cannot be compared on identical tokens; take it out of "
+            "evaluation.variants"
+        )
 
 
 def spread(model, gpus: int):

@@ -7,6 +7,7 @@ modes and its typeface hold for the figures too. Both forms are the same, byte b
 import io
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -20,11 +21,11 @@ from longyarn.verdict import percent, pooled, significant
 LIGHT = {
     "paper": "#fffffe", "ink": "#1d2329", "muted": "#68727d", "grid": "#e3e7eb", "idle": "#c9d0d7",
     "base": "#6f7780", "linear": "#e69f00", "ntk": "#009e73", "yarn": "#cc79a7", "trained": "#0072b2",
-    "sky": "#56b4e9", "vermilion": "#d55e00",
+    "sky": "#56b4e9", "vermilion": "#d55e00", "violet": "#7b52ab", "umber": "#8a5a2b",
 }  # fmt: skip
 DARK = LIGHT | {
     "paper": "#14181c", "ink": "#e8ebee", "muted": "#9aa5b0", "grid": "#2c343c", "idle": "#4a5560",
-    "base": "#a3adb8", "trained": "#3d9ddb", "sky": "#a6d9f5",
+    "base": "#a3adb8", "trained": "#3d9ddb", "sky": "#a6d9f5", "violet": "#b08ee0", "umber": "#c99460",
 }  # fmt: skip
 
 MARKERS = {"base": "o", "linear": "v", "ntk": "^", "yarn": "D", "trained": "s"}
@@ -34,6 +35,10 @@ DASHES = {
     "ntk": (0, (4, 1, 1, 1)),
     "yarn": (0, (3, 1)),
 }
+# Of variants that the config defines, in their order.
+MORE_TONES = ("vermilion", "violet", "umber", "sky")
+MORE_MARKERS = ("P", "X", "*", "<", ">", "h")
+PANELS = 5  # of passkey, side by side
 
 WIDTH = 6.9  # inches; a point is a unit of the SVG, 72 to the inch
 STYLE = {
@@ -88,6 +93,24 @@ def write(report: dict, directory: Path) -> dict[str, object]:
     return images
 
 
+def tone(variant: str, variants: Iterable[str]) -> str:
+    """Return the name of a variant's colour: its own, or one by its place among those without."""
+    if variant in MARKERS:
+        return variant
+    return MORE_TONES[_place(variant, variants) % len(MORE_TONES)]
+
+
+def marker(variant: str, variants: Iterable[str]) -> str:
+    """Return a variant's marker, chosen as its colour is."""
+    if variant in MARKERS:
+        return MARKERS[variant]
+    return MORE_MARKERS[_place(variant, variants) % len(MORE_MARKERS)]
+
+
+def _place(variant: str, variants: Iterable[str]) -> int:
+    return [name for name in variants if name not in MARKERS].index(variant)
+
+
 def svg(figure: Figure, name: str) -> str:
     """Return a figure as an SVG element to stand in a page: no prolog, own ids, the page's colours."""
     buffer = io.StringIO()
@@ -110,19 +133,20 @@ def perplexity(report: dict) -> Figure | None:
     curves = report["perplexity"]
     if not curves:
         return None
-    figure = Figure(figsize=(WIDTH, 3.9))
+    height = max(3.9, 0.4 * len(curves))
+    figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_subplot()
-    ends = []
+    ends, every_variant = [], report["rope"]["variants"]
     for variant, points in curves.items():
         lengths = sorted(map(int, points))
         values = [points[str(length)]["value"] for length in lengths]
         low = [points[str(length)]["low"] for length in lengths]
         high = [points[str(length)]["high"] for length in lengths]
-        colour, trained = LIGHT[variant], variant == "trained"
+        colour, trained = LIGHT[tone(variant, every_variant)], variant == "trained"
         axes.fill_between(lengths, low, high, color=colour, alpha=0.16, linewidth=0)
         axes.plot(
-            lengths, values, color=colour, marker=MARKERS[variant], linestyle=DASHES.get(variant, "-"),
-            linewidth=2.6 if trained else 1.6, zorder=4 if trained else 3,
+            lengths, values, color=colour, marker=marker(variant, every_variant),
+            linestyle=DASHES.get(variant, "-"), linewidth=2.6 if trained else 1.6, zorder=4 if trained else 3,
         )  # fmt: skip
         ends.append((values[-1], f"{variant} {significant(values[-1])}", colour))
     every = [point[key] for points in curves.values() for point in points.values() for key in point]
@@ -135,7 +159,7 @@ def perplexity(report: dict) -> Figure | None:
     lengths = sorted({int(length) for points in curves.values() for length in points})
     length_axis(axes, lengths, report["rope"])
     axes.set_ylabel("perplexity")
-    label_ends(axes, ends)
+    label_ends(axes, ends, gap=0.075 * 3.9 / height)
     return figure
 
 
@@ -196,7 +220,10 @@ def _top(group: list[float], gap: float) -> float:
 
 
 def passkey(report: dict, variants: list[str] | None = None) -> Figure | None:
-    """Draw retrieval over depth and length, one panel a variant, successes written in the cells."""
+    """Draw retrieval over depth and length, one panel a variant, successes written in the cells.
+
+    At most ``PANELS`` stand side by side.
+    """
     variants = list(report["passkey"]) if variants is None else variants
     if not variants:
         return None
@@ -204,16 +231,20 @@ def passkey(report: dict, variants: list[str] | None = None) -> Figure | None:
     rows = max(
         len(depths) for variant in variants for depths in report["passkey"][variant].values()
     )
-    size = (len(variants) * (0.62 + 0.42 * columns), 0.8 + 0.32 * rows)
-    figure = Figure(figsize=size)
-    for axes, variant in zip(
-        figure.subplots(1, len(variants), squeeze=False)[0], variants, strict=True
-    ):
-        passkey_panel(axes, variant, report["passkey"][variant], report["rope"]["original_length"])
-    return figure
+    across = min(len(variants), PANELS)
+    down = math.ceil(len(variants) / across)
+    size = (across * (0.62 + 0.42 * columns), down * (0.8 + 0.32 * rows))
+    panels = list(Figure(figsize=size).subplots(down, across, squeeze=False).flat)
+    for axes in panels[len(variants) :]:
+        axes.set_axis_off()
+    for axes, variant in zip(panels, variants, strict=False):
+        colour = LIGHT[tone(variant, report["rope"]["variants"])]
+        grid, original = report["passkey"][variant], report["rope"]["original_length"]
+        passkey_panel(axes, variant, grid, original, colour)
+    return panels[0].figure
 
 
-def passkey_panel(axes, variant: str, grid: dict, original: int) -> None:
+def passkey_panel(axes, variant: str, grid: dict, original: int, colour: str) -> None:
     """Draw one variant's cells: the deeper the colour, the more keys were found."""
     lengths = sorted(grid, key=int)
     depths = sorted({depth for cells in grid.values() for depth in cells}, key=float)
@@ -239,7 +270,7 @@ def passkey_panel(axes, variant: str, grid: dict, original: int) -> None:
     axes.spines[:].set_visible(False)
     total = pooled({(x, y): cell for x, row in grid.items() for y, cell in row.items()})
     share = percent(total["successes"] / total["trials"])
-    axes.set_title(f"{variant}: {share}", loc="left", color=LIGHT[variant], fontweight="bold")
+    axes.set_title(f"{variant}: {share}", loc="left", color=colour, fontweight="bold")
     axes.set_xlabel("prompt length, tokens", fontsize=9.5, labelpad=2)
     axes.set_ylabel("depth of the key", fontsize=9.5, labelpad=2)
 

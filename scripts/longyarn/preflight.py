@@ -229,26 +229,37 @@ def _device(path: str | Path) -> int:
 
 
 def hub(run: Run) -> str:
-    """The hub gives the model, where it is still to be downloaded, or the cache has it whole."""
+    """The hub gives each model that is still to be downloaded, or the cache has it whole."""
     import download_model
     from longyarn import hub as models_hub
 
-    source, revision = run.config["model"]["source"], run.config["model"]["revision"]
-    if not run.has("download_model"):
+    wanted = [run.config["model"]] if run.has("download_model") else []
+    defined = run.config["evaluation"]["more_variants"]
+    wanted += [
+        defined[job.wildcards.variant] for job in run.jobs if job.rule.name == "download_variant"
+    ]
+    if not wanted:
         raise NotChecked("the model is here already")
-    if download_model.is_local(source):
-        if not (Path(source).expanduser() / "config.json").is_file():
-            raise UserError(
-                f"model.source {source} is no directory with a config.json; mend the path"
-            )
+    told = []
+    for model in wanted:
+        source = model["source"]
+        if download_model.is_local(source):
+            if not (Path(source).expanduser() / "config.json").is_file():
+                raise UserError(
+                    f"model.source {source} is no directory with a config.json; mend the path"
+                )
+            continue
+        try:
+            cache = Path(run.config["paths"]["cache"])
+            found = models_hub.find(source, model.get("revision"), cache)
+            if not found.online:
+                models_hub.bring(found, code=False)
+        except ModuleNotFoundError as error:
+            raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
+        told.append(f"{source} at {found.commit}{'' if found.online else ', from the cache'}")
+    if not told:
         raise NotChecked("model.source is a directory")
-    try:
-        found = models_hub.find(source, revision, Path(run.config["paths"]["cache"]))
-        if not found.online:
-            models_hub.bring(found, code=False)
-    except ModuleNotFoundError as error:
-        raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
-    return f"{source} at {found.commit}" + ("" if found.online else ", from the cache")
+    return ", ".join(told)
 
 
 def corpus(run: Run) -> str:

@@ -128,7 +128,7 @@ def known_shape(config: dict) -> Shape | None:
 def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
     """Return the bytes of host memory that a stage needs, or None where the config does not tell."""
     training = config["training"]
-    if stage in ("patch_rope", "report", "download_model", "checkpoint"):
+    if stage in ("patch_rope", "report", "gate", "download_model", "checkpoint"):
         return PROCESS
     if stage == "micro_base":
         return 4 * PROCESS
@@ -176,7 +176,7 @@ def training_memory(config: dict, shape: Shape) -> float:
 def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
     """Return the minutes that a stage takes, about, or None where the config does not tell."""
     tokens = estimate.packed_tokens(config)
-    if stage in ("patch_rope", "report", "checkpoint"):
+    if stage in ("patch_rope", "report", "gate", "checkpoint"):
         return 0.0
     if stage == "micro_base":
         return 240.0

@@ -36,3 +36,16 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     )  # exactly, where rounding would leave a residue
     high = 1.0 if successes == trials else centre + spread
     return low, high
+
+
+def newcombe(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float, float]:
+    """Return ``(difference, low, high)`` of two rates, each given as (successes, trials).
+
+    Newcombe 1998 (Statistics in Medicine 17, 873–890), method 10: Wilson's intervals of both, combined.
+    It is for independent samples; where both had the same keys and hits go together, it is too wide, so
+    what it calls significant is so all the more.
+    """
+    (p, q), (ours, theirs) = (s / n for s, n in (one, other)), (wilson(*one), wilson(*other))
+    low = p - q - math.hypot(p - ours[0], theirs[1] - q)
+    high = p - q + math.hypot(ours[1] - p, q - theirs[0])
+    return p - q, low, high

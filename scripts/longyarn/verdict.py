@@ -3,7 +3,7 @@
 Pure functions of the instruments' facts. A *ratio* is one perplexity divided by another over the same
 tokens; its 95 % interval is bootstrapped over documents, paired, so what the documents have in common
 cancels out. A check compares the value, not the end of its interval, with the threshold, and says
-when the interval reaches across it.
+when the interval reaches across it. Thresholds on the trained model are those of config section `verify`.
 """
 
 from dataclasses import asdict, dataclass
@@ -12,12 +12,13 @@ import numpy as np
 
 from longyarn import statistics
 from longyarn.cli import UserError
+from longyarn.thresholds import KEY_OF
 
-RATIO_AT_TARGET = 1.0  # trained perplexity, target over original length: at most
-RATIO_TO_BASE = 1.03  # perplexity at the original length, trained over base: at most
-BASE_BREAKS = 1.5  # base perplexity, target over original length: at least
-TRAINED_RETRIEVES = 0.95  # share of passkeys at the target length: at least
-BASE_RETRIEVES = 0.10  # share of passkeys at the target length: at most
+# Of the base, on which nothing depends but what the extension proves.
+OF_THE_BASE = {
+    "base_perplexity_breaks": 1.5,  # perplexity, target over original length: at least
+    "base_passkey_fails": 0.10,  # share of passkeys at the target length: at most
+}
 
 FEW_DOCUMENTS = 5
 SMALL_SHARE = 0.01
@@ -51,14 +52,17 @@ class Check:
     sentence: str
 
 
-def judge(figures: Figures) -> dict:
-    """Return the verdict: a headline, a sentence, the checks, and those that could not be made."""
+def judge(figures: Figures, thresholds: dict[str, float | None]) -> dict:
+    """Return the verdict: a headline, a sentence, the checks, and those that could not be made.
+
+    ``thresholds`` is config section `verify`.
+    """
     checks, missing = [], []
     for name, check in CHECKS.items():
         if figures.target == figures.original and name not in WITHOUT_EXTENSION:
             continue
         try:
-            checks.append(check(name, figures))
+            checks.append(check(name, figures, threshold_of(name, thresholds)))
         except KeyError as gap:
             missing.append({"name": name, "reason": gap.args[0]})
     return {
@@ -69,47 +73,56 @@ def judge(figures: Figures) -> dict:
     }
 
 
-def trained_perplexity_holds(name: str, figures: Figures) -> Check:
+def threshold_of(name: str, thresholds: dict[str, float | None]) -> float:
+    """Return a check's threshold; KeyError tells why there is none."""
+    if name in OF_THE_BASE:
+        return OF_THE_BASE[name]
+    if thresholds[KEY_OF[name]] is None:
+        raise KeyError(f"verify.{KEY_OF[name]} is null")
+    return thresholds[KEY_OF[name]]
+
+
+def trained_perplexity_holds(name: str, figures: Figures, threshold: float) -> Check:
     return at_most(
         name,
         ratio(figures, "trained", figures.target, "trained", figures.original),
-        RATIO_AT_TARGET,
+        threshold,
         f"the trained model's perplexity at {figures.target:,} tokens is {{}} times its own at "
         f"{figures.original:,}",
     )
 
 
-def original_length_kept(name: str, figures: Figures) -> Check:
+def original_length_kept(name: str, figures: Figures, threshold: float) -> Check:
     return at_most(
         name,
         ratio(figures, "trained", figures.original, "base", figures.original),
-        RATIO_TO_BASE,
+        threshold,
         f"at {figures.original:,} tokens the trained model's perplexity is {{}} times the base's",
     )
 
 
-def base_perplexity_breaks(name: str, figures: Figures) -> Check:
+def base_perplexity_breaks(name: str, figures: Figures, threshold: float) -> Check:
     return at_least(
         name,
         ratio(figures, "base", figures.target, "base", figures.original),
-        BASE_BREAKS,
+        threshold,
         f"the base's perplexity at {figures.target:,} tokens is {{}} times its own at "
         f"{figures.original:,}",
     )
 
 
-def trained_passkey_found(name: str, figures: Figures) -> Check:
+def trained_passkey_found(name: str, figures: Figures, threshold: float) -> Check:
     found = retrieved(figures, "trained", figures.target)
     claim = (
         f"at {figures.target:,} tokens the trained model retrieves {count(found)} passkeys, {{}}"
     )
-    return at_least(name, rate(found), TRAINED_RETRIEVES, claim, percent)
+    return at_least(name, rate(found), threshold, claim, percent)
 
 
-def base_passkey_fails(name: str, figures: Figures) -> Check:
+def base_passkey_fails(name: str, figures: Figures, threshold: float) -> Check:
     found = retrieved(figures, "base", figures.target)
     claim = f"at {figures.target:,} tokens the base retrieves {count(found)} passkeys, {{}}"
-    return at_most(name, rate(found), BASE_RETRIEVES, claim, percent)
+    return at_most(name, rate(found), threshold, claim, percent)
 
 
 CHECKS = {
@@ -251,7 +264,7 @@ def sentence(checks: list[Check], missing: list[dict], figures: Figures) -> str:
     ]
     failed = [check for check in checks if not check.passed]
     if failed:
-        outcome = "but " + "; and ".join(_clause(check) for check in failed)
+        outcome = "but " + "; and ".join(clause(check.sentence) for check in failed)
     elif checks:
         made = f"all {len(checks)} checks pass" if len(checks) > 1 else "the one check passes"
         outcome = "and " + (made if not missing else f"{made} that these figures allow")
@@ -267,9 +280,9 @@ def sentence(checks: list[Check], missing: list[dict], figures: Figures) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _clause(check: Check) -> str:
-    text = check.sentence.removesuffix(".")
-    return text[0].lower() + text[1:]
+def clause(sentence: str) -> str:
+    """Return a sentence to stand inside another."""
+    return sentence[0].lower() + sentence[1:].removesuffix(".")
 
 
 def describe(figures: Figures, variant: str) -> str:

@@ -1,0 +1,28 @@
+"""The gate: compare with config section `verify`. In: report, merged model. Out: a manifest, or a failure.
+
+A run that misses a threshold fails. The model stays where it is, and NOT_VERIFIED.txt stands beside it:
+no output of the rule, because Snakemake deletes those of a job that failed.
+"""
+
+
+rule gate:
+    input:
+        report=f"{RUN}/report.json",
+        merge=f"{RUN}/merged.json",
+    output:
+        manifest=f"{RUN}/verified.json",
+    log:
+        f"{RUN}/logs/gate.log",
+    benchmark:
+        f"{RUN}/benchmarks/gate.tsv"
+    resources:
+        mem_mb=request("gate", "mem_mb"),
+        runtime=request("gate", "runtime"),
+    params:
+        code=code("gate"),
+        thresholds=as_json(config["verify"]),
+        mark=f"{RUN}/NOT_VERIFIED.txt",
+    shell:
+        "python scripts/gate.py --report {input.report} --merge {input.merge}"
+        " --thresholds {params.thresholds} --mark {params.mark} --manifest {output.manifest}"
+        " 2>&1 | tee {log}"

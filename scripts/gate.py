@@ -1,0 +1,97 @@
+"""The gate of a run: its figures against the thresholds of config section `verify`.
+
+A figure passes on its value; where its interval reaches across the threshold, that is said. A run that
+misses a threshold ends with exit code 1 and one sentence. Nothing is deleted: a mark stands beside the
+model until the gate passes.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from longyarn import manifest
+from longyarn.cli import UserError, program
+from longyarn.thresholds import NEEDS
+from longyarn.verdict import clause, percent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", type=Path, required=True, help="report.json of the run")
+    parser.add_argument("--merge", type=Path, required=True, help="manifest of the merged model")
+    parser.add_argument(
+        "--thresholds", type=json.loads, required=True, help="config section `verify`, as JSON"
+    )
+    parser.add_argument("--mark", type=Path, required=True, help="file that marks a failed run")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+    arguments = parser.parse_args()
+    thresholds = arguments.thresholds
+
+    verdict = manifest.read_json(arguments.report)["verdict"]
+    error = manifest.read_facts(arguments.merge)["merge_error"]
+    compared = compare(thresholds, verdict, error)
+    missed = [one for one in compared if not one["passed"]]
+    if missed:
+        said = "; and ".join(f"{one['sentence']} (verify.{one['threshold']})" for one in missed)
+        manifest.write_text(arguments.mark, f"{said}.\n")
+        raise UserError(
+            f"this run is not verified, because {said}; {arguments.mark} marks it, and its files are "
+            "kept: train longer, or on more, or lower the threshold"
+        )
+    arguments.mark.unlink(missing_ok=True)
+    manifest.write(
+        arguments.manifest,
+        script=Path(__file__),
+        settings=thresholds,
+        inputs={"merge": arguments.merge},
+        files=[],
+        facts={"compared": compared},
+    )
+    print(in_words(compared), file=sys.stderr)
+
+
+def compare(thresholds: dict, verdict: dict, error: float) -> list[dict]:
+    """Return for each threshold asked ``threshold``, ``passed``, ``decided`` and a ``sentence``.
+
+    ``verdict`` is that of report.json, ``error`` what the merge lost. A check that means nothing,
+    because RoPE was not extended, is left out; one that could not be made is missed.
+    """
+    asked = {key: limit for key, limit in thresholds.items() if limit is not None}
+    outcomes = {
+        check["name"]: (check["passed"], check["decided"], clause(check["sentence"]))
+        for check in verdict["checks"]
+    }
+    outcomes |= {gap["name"]: (False, False, gap["reason"]) for gap in verdict["not_checked"]}
+    found = {
+        key: outcomes[needs.check]
+        for key, needs in NEEDS.items()
+        if key in asked and needs.check in outcomes
+    }
+    if "merge_error" in asked:
+        sentence = (
+            f"rounding took {percent(error)} of what training changed in a tensor, where at most "
+            f"{percent(asked['merge_error'])} is asked"
+        )
+        found["merge_error"] = (error <= asked["merge_error"], True, sentence)
+    return [
+        {"threshold": key, "passed": passed, "decided": decided, "sentence": said}
+        for key, (passed, decided, said) in found.items()
+    ]
+
+
+def in_words(compared: list[dict]) -> str:
+    """Return what a run that passed is told."""
+    if not compared:
+        return (
+            "gate: no threshold is set in config section verify, so nothing was asked of this run"
+        )
+    close = [one["threshold"] for one in compared if not one["decided"]]
+    also = (
+        f"; {' and '.join(close)} on the value alone, because no interval decides" if close else ""
+    )
+    return f"gate: {len(compared)} threshold{'s' * (len(compared) > 1)} of verify met{also}"
+
+
+if __name__ == "__main__":
+    program(main)()

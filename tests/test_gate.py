@@ -1,0 +1,139 @@
+"""The gate: what misses a threshold fails by name, keeps its files and is marked until it passes."""
+
+import json
+
+import pytest
+from stages import one_sentence, refusal, run
+from test_config import DEFAULT
+from test_config import refusal as config_refusal
+from test_report import FOUND, GOOD, shown
+
+import gate
+from longyarn import manifest, thresholds, verdict
+from longyarn.cli import UserError
+
+ASKED = {"perplexity_ratio": 1.0, "retention_ratio": 1.03, "passkey_rate": 0.95, "merge_error": 0.5}
+NONE = dict.fromkeys(ASKED)
+
+
+def made(directory, asked: dict, error: float = 0.25, **figures) -> list:
+    """Write a report and a merge manifest with these figures; return the gate's arguments."""
+    judged = verdict.judge(shown(**figures), asked)
+    manifest.write_json(directory / "report.json", {"verdict": judged})
+    manifest.write_json(directory / "merged.json", {"facts": {"merge_error": error}})
+    return [
+        "--report", directory / "report.json", "--merge", directory / "merged.json",
+        "--thresholds", json.dumps(asked), "--mark", directory / "NOT_VERIFIED.txt",
+        "--manifest", directory / "verified.json",
+    ]  # fmt: skip
+
+
+def test_a_run_within_all_thresholds_passes_and_its_mark_goes(tmp_path):
+    mark = tmp_path / "NOT_VERIFIED.txt"
+    mark.write_text("of an earlier attempt")
+    run(gate, *made(tmp_path, ASKED))
+    assert not mark.exists()
+    found = manifest.read(tmp_path / "verified.json")
+    assert found["settings"] == ASKED
+    assert found["inputs"] == {"merge": manifest.sha256(tmp_path / "merged.json")}
+    assert [one["threshold"] for one in found["facts"]["compared"]] == list(ASKED)
+    assert all(one["passed"] for one in found["facts"]["compared"])
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "words"),
+    [
+        ("perplexity_ratio", {"perplexity": GOOD | {"trained": {512: 31.2, 4096: 31.9}}}, "1.022"),
+        ("retention_ratio", {"perplexity": GOOD | {"trained": {512: 32.2, 4096: 28.0}}}, "1.039"),
+        ("passkey_rate", {"passkey": FOUND | {"trained": {512: 30, 4096: 28}}}, "84 of 90"),
+        ("merge_error", {"error": 0.75}, "rounding took 75 %"),
+    ],
+)
+def test_each_miss_is_one_sentence_with_figure_and_threshold(tmp_path, key, changes, words):
+    sentence = refusal(gate, *made(tmp_path, ASKED, **changes))
+    assert words in sentence and f"verify.{key}" in sentence and "is asked" in sentence
+    assert [other for other in ASKED if f"verify.{other}" in sentence] == [key]
+    assert not (tmp_path / "verified.json").exists()
+    assert words in (tmp_path / "NOT_VERIFIED.txt").read_text()
+    # Switched off, the same figures pass.
+    run(gate, *made(tmp_path, ASKED | {key: None}, **changes))
+    assert not (tmp_path / "NOT_VERIFIED.txt").exists()
+
+
+def test_a_pass_on_the_value_alone_is_said(tmp_path, capsys):
+    run(gate, *made(tmp_path, ASKED, passkey=FOUND | {"trained": {512: 30, 4096: 29}}))
+    assert "4 thresholds of verify met; passkey_rate on the value alone" in capsys.readouterr().err
+
+
+def test_no_threshold_asks_nothing_and_says_so(tmp_path, capsys):
+    run(gate, *made(tmp_path, NONE))
+    assert "no threshold is set" in capsys.readouterr().err
+    assert manifest.read(tmp_path / "verified.json")["facts"]["compared"] == []
+
+
+def test_a_figure_that_was_not_measured_is_missed(tmp_path):
+    sentence = refusal(
+        gate, *made(tmp_path, NONE | {"passkey_rate": 0.9}, passkey={"base": {512: 1}})
+    )
+    assert "passkey of 'trained' was not evaluated (verify.passkey_rate)" in sentence
+
+
+def test_without_extension_what_means_nothing_is_left_out(tmp_path):
+    run(gate, *made(tmp_path, ASKED, target=512))
+    compared = manifest.read(tmp_path / "verified.json")["facts"]["compared"]
+    assert [one["threshold"] for one in compared] == [
+        "retention_ratio",
+        "passkey_rate",
+        "merge_error",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"evaluation.variants": ["base", "yarn"]},
+            "verify.perplexity_ratio needs the variant 'trai",
+        ),
+        ({"evaluation.variants": ["trained"]}, "verify.retention_ratio needs the variant 'base'"),
+        (
+            {"evaluation.passkey.lengths": [512]},
+            "verify.passkey_rate needs evaluation.passkey.lengths to have rope.target_length, 4096",
+        ),
+        ({"evaluation.perplexity.lengths": [512]}, "verify.perplexity_ratio needs evaluation.perp"),
+        (
+            {
+                "evaluation.perplexity.lengths": [4096],
+                "rope.original_max_position_embeddings": 512,
+            },
+            "to have the model's original length, 512",
+        ),
+        ({"verify.passkey_rate": 95}, "'verify.passkey_rate' is 95, but must be at most 1"),
+    ],
+)
+def test_a_threshold_that_nothing_would_measure_is_refused_before_the_run(changes, words):
+    assert words in config_refusal(DEFAULT, changes)
+
+
+def test_the_original_length_is_checked_before_training():
+    lengths = {"perplexity": [1024], "passkey": [1024]}
+    with pytest.raises(UserError, match=r"perplexity\.lengths to have the model's original length"):
+        thresholds.check_lengths(ASKED, lengths, {"original": 512})
+    thresholds.check_lengths(NONE, lengths, {"original": 512})
+
+
+def test_a_missed_threshold_fails_the_run_and_keeps_its_files(finished_copy):
+    """Through Snakemake: exit code 1, nothing deleted, and nothing but the gate after the mend."""
+    made = finished_copy.directory / "results/tests"
+    report = (made / "report.html").read_bytes()
+    asked = {"verify": {"passkey_rate": 1}}
+    done = finished_copy.snakemake(overrides=asked, check=False)
+    assert done.returncode == 1
+    error = next(line for line in done.stdout.splitlines() if line.startswith("error: "))
+    assert "verify.passkey_rate" in one_sentence(error)
+    assert (made / "merged/model.safetensors").is_file() and report
+    assert "passkeys" in (made / "NOT_VERIFIED.txt").read_text()
+    assert not (made / "verified.json").exists()
+    assert finished_copy.planned(asked) == {"gate": 1}
+    finished_copy.snakemake()
+    assert not (made / "NOT_VERIFIED.txt").exists() and (made / "verified.json").is_file()
