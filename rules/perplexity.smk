@@ -7,11 +7,11 @@ rule perplexity:
         tokens=f"{RUN}/tokens.json",
         token_files=ancient(f"{RUN}/tokens"),
     output:
-        manifest=f"{RUN}/perplexity/{{variant}}.json",
+        manifest=f"{RUN}/{{phase}}perplexity/{{variant}}.json",
     log:
-        f"{RUN}/logs/perplexity.{{variant}}.log",
+        f"{RUN}/logs/{{phase}}perplexity.{{variant}}.log",
     benchmark:
-        f"{RUN}/benchmarks/perplexity.{{variant}}.tsv"
+        f"{RUN}/benchmarks/{{phase}}perplexity.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
     resources:
         **GPU_TYPE,

@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from longyarn import batches, thresholds, variants
+from longyarn import batches, sweep, thresholds, variants
 from longyarn.cli import UserError
 
 
@@ -29,7 +29,11 @@ Validator = jsonschema.validators.extend(
     ),
 )
 
-OF_THE_RUN = ("nodes", "gpus", "threads")  # of section training; a phase has no machines of its own
+OF_THE_RUN = (
+    "nodes",
+    "gpus",
+    "threads",
+)  # of section training; a phase or a cell has no machines of its own
 
 TYPES = {
     "object": "a mapping",
@@ -51,13 +55,30 @@ def complete(config: dict, schema_path: Path) -> dict:
     counts = filled["corpus"]["held_out_documents"]
     filled["corpus"]["held_out_documents"] = {n: v for n, v in counts.items() if v is not None}
     check(filled)
-    for name, phase in phases(filled).items():
+    if filled["sweep"]["factors"] and filled["phases"]:
+        raise UserError(
+            "a sweep of a run in phases is not known; set phases to [], or sweep.factors to {}"
+        )
+    for name, part in configurations(filled).items():
         if name:
             try:
-                _check_phase(phase, filled, schema)
+                _check_part(part, filled, schema)
             except UserError as error:
-                raise UserError(f"in {name.strip('/')} of config key 'phases': {error}") from None
+                raise UserError(f"{within(name)}{error}") from None
     return filled
+
+
+def configurations(config: dict) -> dict[str, dict]:
+    """Return each whole configuration by its directory below the run's: phases, the run, a sweep's cells."""
+    return phases(config) | sweep.cells(config)
+
+
+def within(name: str) -> str:
+    """Return the words that say of which phase or cell a sentence speaks; none of the run itself."""
+    if not name:
+        return ""
+    key = "sweep" if name.startswith(sweep.DIRECTORY) else "phases"
+    return f"in {name.removeprefix(f'{sweep.DIRECTORY}/').strip('/')} of config key {key!r}: "
 
 
 def phases(config: dict) -> dict[str, dict]:
@@ -84,11 +105,11 @@ def _merged(config: dict, changes: dict) -> dict:
     return config | changes | inner
 
 
-def _check_phase(phase: dict, run: dict, schema: dict) -> None:
-    _validate(phase, schema)
-    check_training(phase)
+def _check_part(part: dict, run: dict, schema: dict) -> None:
+    _validate(part, schema)
+    check_training(part)
     for key in OF_THE_RUN:
-        if phase["training"][key] != run["training"][key]:
+        if part["training"][key] != run["training"][key]:
             raise UserError(
                 f"training.{key} is that of the whole run, {run['training'][key]}; take it out"
             )
