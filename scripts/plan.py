@@ -287,11 +287,14 @@ def shortened(config: dict, target: int) -> dict:
     changes = {"rope.target_length": target}
     if config["rope"]["factor"]:
         changes["rope.factor"] = None
-    for instrument in ("perplexity", "passkey"):
-        lengths = config["evaluation"][instrument]["lengths"]
-        if max(lengths) > target:
-            kept = [length for length in lengths if length <= target] or [target]
-            changes[f"evaluation.{instrument}.lengths"] = kept
+    limit = target
+    for section in ("passkey", "perplexity", "perplexity.truncate", "perplexity.sliding"):
+        lengths = (at(config, f"evaluation.{section}") or {}).get("lengths") or []
+        kept = [length for length in lengths if length <= limit] or [limit]
+        if lengths and max(lengths) > limit:
+            changes[f"evaluation.{section}.lengths"] = kept
+        if section == "perplexity":
+            limit = max(kept)  # of its other protocols
     return changes
 
 
