@@ -19,6 +19,7 @@ import llamafactory
 import packing_memory
 import packing_others
 import packing_speed
+import perplexity_curve
 import training_speed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +97,12 @@ def main() -> None:
             "<= 1.5",
             packing_memory,
             lambda size: f"{size / 2**20:.0f} MiB",
+        ),
+        measured(
+            "ppl_curve_vs_pass_per_length",
+            "<= 0.15",
+            perplexity_curve,
+            lambda taken: f"{taken:.2f} s",
         ),
     ]
     try:

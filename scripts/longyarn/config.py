@@ -218,17 +218,7 @@ def check(config: dict) -> None:
                     f"evaluation.{instrument}.lengths has {length}, beyond rope.target_length {target}; "
                     "lower it or raise the target"
                 )
-    perplexity = config["evaluation"]["perplexity"]
-    if perplexity["stride"] and perplexity["stride"] > min(perplexity["lengths"]):
-        raise UserError(
-            f"evaluation.perplexity.stride {perplexity['stride']} is larger than the shortest length "
-            f"{min(perplexity['lengths'])}, so tokens would go unscored; lower it"
-        )
-    if perplexity["tokens_per_document"] < max(perplexity["lengths"]):
-        raise UserError(
-            f"evaluation.perplexity.tokens_per_document {perplexity['tokens_per_document']} is less than "
-            f"the longest length {max(perplexity['lengths'])}; raise it"
-        )
+    check_perplexity(config["evaluation"]["perplexity"])
     corpus = config["corpus"]
     if not corpus["held_out"] and not corpus["held_out_documents"]:
         raise UserError(
@@ -254,6 +244,35 @@ def check_verify(config: dict) -> None:
     if rope["method"] != "none":
         known = {name: length for name, length in known.items() if length}
         thresholds.check_lengths(config["verify"], lengths, known)
+
+
+def check_perplexity(perplexity: dict) -> None:
+    """Refuse protocols of perplexity that cannot be made from the documents that `tiled` reads."""
+    longest, limit = max(perplexity["lengths"]), perplexity["tokens_per_document"]
+    if limit < longest:
+        raise UserError(
+            f"evaluation.perplexity.tokens_per_document {limit} is less than the longest length "
+            f"{longest}; raise it"
+        )
+    for name in ("truncate", "sliding"):
+        lengths = (perplexity[name] or {}).get("lengths") or []
+        if lengths and max(lengths) > longest:
+            raise UserError(
+                f"evaluation.perplexity.{name}.lengths has {max(lengths)}, beyond the longest of "
+                f"evaluation.perplexity.lengths {longest}, by which documents are chosen; add it there"
+            )
+    sliding = perplexity["sliding"]
+    if sliding and sliding["stride"] >= min(sliding["lengths"]):
+        raise UserError(
+            f"evaluation.perplexity.sliding.stride {sliding['stride']} is not below the shortest length "
+            f"{min(sliding['lengths'])}, so windows would not overlap; lower it"
+        )
+    by_position = perplexity["by_position"]
+    if by_position and 2 * by_position["buckets"] > longest:
+        raise UserError(
+            f"evaluation.perplexity.by_position.buckets {by_position['buckets']} divides windows of "
+            f"{longest} tokens into parts of less than 2; lower it"
+        )
 
 
 def check_corpus(corpus: dict) -> None:
