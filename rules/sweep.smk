@@ -25,9 +25,8 @@ rule sweep:
         runtime=request("sweep", "runtime"),
     params:
         code=code("sweep"),
-        run=RUN,
         cells=as_json(sweep.all_changes(config)),
     shell:
-        "python scripts/sweep.py --run {params.run} --rope {input.rope} --cells {params.cells}"
+        "python scripts/sweep.py --rope {input.rope} --cells {params.cells}"
         " --json {output.json} --page {output.page} --png {output.png} --svg {output.svg}"
         " 2>&1 | tee {log}"

@@ -24,12 +24,11 @@ DEFAULT = "default"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="directory of the run")
     parser.add_argument("--rope", type=Path, required=True, help="RoPE manifest of the run itself")
     parser.add_argument(
         "--cells", type=json.loads, required=True, help="the changes of each cell, as JSON"
     )
-    parser.add_argument("--json", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--json", type=Path, required=True, help="JSON file to write, in the run")
     parser.add_argument("--page", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--png", type=Path, required=True, help="figure to write")
     parser.add_argument("--svg", type=Path, required=True, help="the same as SVG")
@@ -38,7 +37,7 @@ def main() -> None:
         raise UserError("sweep.factors has nothing that differs from the configuration; state some")
 
     changes = {name_of(cell): cell for cell in arguments.cells}
-    found = assemble(arguments.run, changes, manifest.read_facts(arguments.rope))
+    found = assemble(arguments.json.parent, changes, manifest.read_facts(arguments.rope))
     manifest.write_json(arguments.json, found)
     manifest.write_text(arguments.page, page(found, arguments.png.name))
     draw(found, arguments.png, arguments.svg)

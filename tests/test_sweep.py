@@ -139,7 +139,7 @@ def made(directory, values: dict) -> list:
     outputs = {
         "json": "sweep.json", "page": "sweep.md", "png": "sweep.png", "svg": "sweep.svg",
     }  # fmt: skip
-    words = ["--run", directory, "--rope", directory / "rope.json", "--cells", cells]
+    words = ["--rope", directory / "rope.json", "--cells", cells]
     return [*words, *(part for k, v in outputs.items() for part in (f"--{k}", directory / v))]
 
 
