@@ -24,6 +24,7 @@ import training_speed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = 7
+DRY_SWEEP = ["snakemake", "-n", "sweep", "--config", "run=nothing-done"]
 
 
 def seconds(command: list[str]) -> float:
@@ -82,6 +83,12 @@ def main() -> None:
         sys.exit("error: the default run is not finished; run `make` first, then `make bench`")
     results = [
         compare("noop_vs_version", "<= 2", ["snakemake"], ["snakemake", "--version"]),
+        compare(
+            "sweep_24_cells_vs_1",
+            "<= 2",
+            [*DRY_SWEEP, "--configfile", "benchmarks/sweep.yaml"],
+            DRY_SWEEP,
+        ),
         measured(
             "chunked_loss_memory_vs_stock",
             "<= 0.35",

@@ -241,13 +241,14 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(finished_copy):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
-        while not (done := list(made.glob("cells/*/trained.json"))):
+        # One cell is trained, and the other begins: Snakemake has then written down the first.
+        while len(list(made.glob("logs/cells/*/train.log"))) < 2:
             assert started.poll() is None, "the sweep ended before it could be killed"
             time.sleep(0.05)
     finally:
         os.killpg(started.pid, signal.SIGKILL)
         started.wait()
-    (kept,) = done
+    (kept,) = made.glob("cells/*/trained.json")
     before = (kept.read_bytes(), kept.stat().st_mtime_ns)
     finished_copy.snakemake("--unlock")
     left = finished_copy.planned(overrides, "sweep")

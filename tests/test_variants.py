@@ -148,6 +148,7 @@ def test_all_three_kinds_stand_in_one_report(finished_copy):
     assert finished_copy.planned(overrides) == {
         "download_variant": 1, "patch_rope": 2, "perplexity": 3, "passkey": 3, "report": 1, "gate": 1,
     }  # fmt: skip
+    assert finished_copy.planned(overrides, "prefetch") == {"download_variant": 1, "prefetch": 1}
     finished_copy.snakemake(overrides=overrides)
     assert finished_copy.planned(overrides) == {}
     report = manifest.read_json(run / "report.json")
@@ -180,6 +181,7 @@ def test_another_tokenizer_is_refused(finished, tmp_path):
         perplexity, "--variant", "published", "--base", run / "base.json",
         "--model", bring(model, tmp_path / "run"), "--rope", run / "rope/base.json",
         "--precision", "fp32", "--attention", "sdpa", "--threads", 1, "--tokens", run / "tokens.json",
-        "--lengths", 512, "--tokens-per-document", 512, "--manifest", tmp_path / "found.json",
+        "--settings", json.dumps({"lengths": [512], "tokens_per_document": 512}),
+        "--manifest", tmp_path / "found.json",
     )  # fmt: skip
     assert "the variant published has another vocabulary than the base" in sentence
