@@ -160,7 +160,9 @@ def by_position(whole: dict[str, list[np.ndarray]], length: int, buckets: int) -
     }
 
 
-def sliding(losses, texts: dict[str, np.ndarray], lengths: list[int], stride: int) -> dict[str, dict]:
+def sliding(
+    losses, texts: dict[str, np.ndarray], lengths: list[int], stride: int
+) -> dict[str, dict]:
     """Return the figure of windows that begin every ``stride`` tokens, by the window's length.
 
     Each window after the first scores its last ``stride`` tokens, so every token but a document's first

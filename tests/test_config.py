@@ -180,7 +180,10 @@ MISTAKES = [
         {"evaluation.perplexity.sliding": {"lengths": [4096, 256]}},
         "sliding.stride 256 is not below the shortest length 256, so windows would not overlap",
     ),
-    ({"evaluation.perplexity.sliding": {"stride": 8}}, "perplexity.sliding.lengths' is missing; Win"),
+    (
+        {"evaluation.perplexity.sliding": {"stride": 8}},
+        "perplexity.sliding.lengths' is missing; Win",
+    ),
     (
         {"evaluation.perplexity.lengths": [512], "evaluation.perplexity.truncate.lengths": [1024]},
         "truncate.lengths has 1024, beyond the longest of evaluation.perplexity.lengths 512, by which",

@@ -10,8 +10,13 @@ import pytest
 import torch
 from conftest import ROOT
 from stages import MICRO_BASE
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-from transformers import LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from longyarn import windows
 from longyarn.windows import Window, window_losses

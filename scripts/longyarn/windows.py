@@ -71,9 +71,7 @@ def window_losses(
     in order. ``label`` names what is being done, for whoever waits.
     """
     every = [
-        window
-        for name, ids in texts.items()
-        for window in windows(name, len(ids), length, stride)
+        window for name, ids in texts.items() for window in windows(name, len(ids), length, stride)
     ]
     losses: dict[str, list[np.ndarray]] = {name: [] for name in texts}
     for batch in progress(batches(every), len(every), label, size=len):
