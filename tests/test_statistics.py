@@ -8,7 +8,7 @@ import pytest
 from longyarn import statistics
 
 
-def test_perplexity_is_token_weighted_and_its_interval_spans_documents():
+def test_perplexity_is_token_weighted_and_the_interval_of_two_is_their_range():
     losses, tokens = np.array([10.0, 300.0]), np.array([10, 100])
     value, low, high = statistics.bootstrap_perplexity(losses, tokens)
     assert value == pytest.approx(math.exp(310 / 110))
@@ -17,11 +17,16 @@ def test_perplexity_is_token_weighted_and_its_interval_spans_documents():
     assert statistics.bootstrap_perplexity(losses[:1], tokens[:1]) == (math.e, math.e, math.e)
 
 
+def test_documents_that_are_alike_leave_no_doubt():
+    found = statistics.bootstrap_perplexity(np.full(8, 24.0), np.full(8, 8))
+    assert found == pytest.approx((math.exp(3),) * 3)
+
+
 @pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.70620), (2, 4.30265), (4, 2.77645), (19, 2.09302), (999, 1.96234)]
-)  # fmt: skip
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (19, 2.0930), (999, 1.9623)]
+)
 def test_quantiles_of_student_are_those_of_the_tables(freedom, quantile):
-    assert statistics.student_quantile(0.975, freedom) == pytest.approx(quantile, abs=2e-4)
+    assert statistics.student_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-4)
 
 
 @pytest.mark.parametrize("documents", [20, 40])

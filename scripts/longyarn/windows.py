@@ -10,7 +10,7 @@ import numpy as np
 
 from longyarn.cli import progress
 
-TOKENS_AT_ONCE = 2048  # of windows in one forward pass; a longer window goes alone
+TOKENS_AT_ONCE = 1024  # of windows in one forward pass; a longer window goes alone
 LOGITS_AT_ONCE = 1024  # positions whose logits are in memory together
 
 
