@@ -16,6 +16,7 @@ from pathlib import Path
 
 import chunked_loss
 import llamafactory
+import merging
 import packing_memory
 import packing_others
 import packing_speed
@@ -97,6 +98,14 @@ def main() -> None:
             packing_memory,
             lambda size: f"{size / 2**20:.0f} MiB",
         ),
+        measured(
+            "merge_memory_vs_peft",
+            "<= 0.3",
+            merging,
+            lambda size: f"{size / 2**20:.0f} MiB",
+            "memory",
+        ),
+        measured("merge_time_vs_peft", "<= 1", merging, lambda time: f"{time:.1f} s", "time"),
     ]
     try:
         results.append(measured("train_vs_llamafactory", ">= 1.1", llamafactory, tokens_a_second))
