@@ -31,6 +31,7 @@ include: "rules/perplexity.smk"
 include: "rules/passkey.smk"
 include: "rules/report.smk"
 include: "rules/gate.smk"
+include: "rules/sweep.smk"
 include: "rules/micro_base.smk"
 include: "rules/plan.smk"
 

@@ -20,6 +20,7 @@ import merging
 import packing_memory
 import packing_others
 import packing_speed
+import perplexity_curve
 import training_speed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +107,11 @@ def main() -> None:
             "memory",
         ),
         measured("merge_time_vs_peft", "<= 1", merging, lambda time: f"{time:.1f} s", "time"),
+            "ppl_curve_vs_pass_per_length",
+            "<= 0.15",
+            perplexity_curve,
+            lambda taken: f"{taken:.2f} s",
+        ),
     ]
     try:
         results.append(measured("train_vs_llamafactory", ">= 1.1", llamafactory, tokens_a_second))

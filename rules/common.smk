@@ -18,6 +18,7 @@ from longyarn import (
     manifest,
     preflight,
     requests,
+    sweep,
     variants,
 )
 from longyarn.cli import UserError
@@ -43,8 +44,11 @@ if IN_APPTAINER:
     except UserError as error:
         sys.exit(f"error: {error}")
 
-# Each phase's whole configuration by its directory; the run itself, without one, comes last.
+# Each phase's whole configuration by its directory; the run itself, without one, comes last. Each
+# cell's likewise, the run itself first; there are no cells beside phases.
 PHASES = phases(config)
+CELLS = sweep.cells(config)
+PART = f"phase-[0-9]+/|{sweep.DIRECTORY}/[^/]+/"
 
 
 def rope_of(settings):
@@ -96,7 +100,7 @@ if config["training"]["gpus"] and config["hardware"]["slurm_gpu_type"]:
 
 wildcard_constraints:
     variant="|".join([*variants.BUILT_IN, "step-[0-9]+", *MORE_VARIANTS]),
-    phase="(phase-[0-9]+/)?",
+    phase=f"({PART})?",
     step="[0-9]+",
 
 
@@ -110,20 +114,25 @@ def code(stage):
 
 
 def phase_name(wildcards):
-    """Return the directory of a job's phase; a checkpoint at some step is one of the run itself."""
+    """Return the directory of a job's phase or cell; a checkpoint at some step is one of the run itself."""
     name = getattr(wildcards, "phase", "")
     return "" if name.startswith("step-") else name
 
 
 def phase_of(wildcards):
-    """Return the configuration of a job's phase."""
-    return PHASES[phase_name(wildcards)]
+    """Return the configuration of a job's phase or cell."""
+    return (PHASES | CELLS)[phase_name(wildcards)]
+
+
+def owner(name, stage):
+    """Return the directory where a stage of a phase or cell lies: cells share what is the same."""
+    return sweep.owner(CELLS, name, stage) if name in CELLS else name
 
 
 def before(wildcards):
     """Return the model that a phase starts from, without ending: the base, or the last phase's own."""
-    names = list(PHASES)
-    number = names.index(phase_name(wildcards))
+    names, name = list(PHASES), phase_name(wildcards)
+    number = names.index(name) if name in names else 0
     return f"{RUN}/{names[number - 1]}merged" if number else f"{RUN}/base"
 
 
@@ -139,8 +148,14 @@ def start_of_phase(wildcards):
 
 
 def trained_rope(wildcards):
-    """Return the RoPE variant that a phase trains with, without ending."""
-    return f"{RUN}/{phase_name(wildcards)}rope/{rope_of(phase_of(wildcards))}"
+    """Return the RoPE variant that a phase or cell trains with, without ending."""
+    place = owner(phase_name(wildcards), "patch_rope")
+    return f"{RUN}/{place}rope/{rope_of(phase_of(wildcards))}"
+
+
+def pack_of(wildcards):
+    """Return the training sequences of a phase or cell, without ending."""
+    return f"{RUN}/{owner(phase_name(wildcards), 'pack')}pack"
 
 
 def as_json(value):
@@ -279,6 +294,8 @@ def variant_inputs(wildcards):
     The base's, because a variant with another tokenizer cannot be compared.
     """
     model, rope = weights_of(wildcards.variant), rope_of_variant(wildcards.variant)
+    if part := phase_name(wildcards):  # of which the trained model alone differs
+        model, rope = f"{RUN}/{part}merged", trained_rope(wildcards)
     return {
         "base": f"{RUN}/base.json",
         "model": f"{model}.json",

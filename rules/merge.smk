@@ -14,7 +14,7 @@ rule merge:
     benchmark:
         f"{RUN}/benchmarks/{{phase}}merge.tsv"
     wildcard_constraints:
-        phase="(phase-[0-9]+/|step-[0-9]+/)?",
+        phase=f"({PART}|step-[0-9]+/)?",
     threads: config["training"]["threads"]
     resources:
         mem_mb=request("merge", "mem_mb"),

@@ -5,11 +5,11 @@ rule passkey:
     input:
         unpack(variant_inputs),
     output:
-        manifest=f"{RUN}/passkey/{{variant}}.json",
+        manifest=f"{RUN}/{{phase}}passkey/{{variant}}.json",
     log:
-        f"{RUN}/logs/passkey.{{variant}}.log",
+        f"{RUN}/logs/{{phase}}passkey.{{variant}}.log",
     benchmark:
-        f"{RUN}/benchmarks/passkey.{{variant}}.tsv"
+        f"{RUN}/benchmarks/{{phase}}passkey.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
     resources:
         **GPU_TYPE,

@@ -7,11 +7,11 @@ rule perplexity:
         tokens=f"{RUN}/tokens.json",
         token_files=ancient(f"{RUN}/tokens"),
     output:
-        manifest=f"{RUN}/perplexity/{{variant}}.json",
+        manifest=f"{RUN}/{{phase}}perplexity/{{variant}}.json",
     log:
-        f"{RUN}/logs/perplexity.{{variant}}.log",
+        f"{RUN}/logs/{{phase}}perplexity.{{variant}}.log",
     benchmark:
-        f"{RUN}/benchmarks/perplexity.{{variant}}.tsv"
+        f"{RUN}/benchmarks/{{phase}}perplexity.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
     resources:
         **GPU_TYPE,
@@ -24,13 +24,9 @@ rule perplexity:
         precision=config["evaluation"]["precision"],
         attention=config["evaluation"]["attention"],
         threads=config["evaluation"]["threads"],
-        lengths=config["evaluation"]["perplexity"]["lengths"],
-        stride=unless_null("--stride", config["evaluation"]["perplexity"]["stride"]),
-        tokens=config["evaluation"]["perplexity"]["tokens_per_document"],
+        settings=as_json(config["evaluation"]["perplexity"]),
     shell:
         "python scripts/perplexity.py --variant {wildcards.variant} --model {input.model}"
         " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
         " --threads {params.threads} --gpus {resources.gpu} --tokens {input.tokens}"
-        " --lengths {params.lengths} {params.stride} --tokens-per-document {params.tokens}"
-        " --manifest {output.manifest}"
-        " 2>&1 | tee {log}"
+        " --settings {params.settings} --manifest {output.manifest} 2>&1 | tee {log}"

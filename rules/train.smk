@@ -11,8 +11,8 @@ srun, and apptainer inside.
 rule train:
     input:
         unpack(start_of_phase),
-        pack=f"{RUN}/{{phase}}pack.json",
-        sequences=ancient(f"{RUN}/{{phase}}pack"),
+        pack=lambda wildcards: f"{pack_of(wildcards)}.json",
+        sequences=lambda wildcards: ancient(pack_of(wildcards)),
         tokens=f"{RUN}/tokens.json",
         token_files=ancient(f"{RUN}/tokens"),
     output:

@@ -1,69 +1,58 @@
-"""Perplexity of one variant on the held-out documents, at each window length.
+"""Perplexity of one variant on the held-out documents, by each protocol that the config names.
 
-For each length L the same text is tiled in windows of L (or slid by a stride), and exactly the same
-tokens are scored at every length: a token that begins a window at any length, and so has no context
-there, is scored at none.
+``tiled``, always made: the same text in windows of each length, without overlap, and exactly the same
+tokens scored at every length: a token that begins a window at any length, and so has no context there,
+is scored at none. ``truncate``: the first window of each document. ``by_position``: losses by the place
+in the longest window. ``sliding``: overlapping windows, of which each scores its last tokens.
+docs/evaluation.md has the formulas and the sources.
 """
 
 import argparse
+import json
+import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from longyarn import evaluation, statistics
-from longyarn.cli import UserError, program, progress
+from longyarn.cli import UserError, program
 from longyarn.tokens import held_out_documents
-
-LOGITS_AT_ONCE = 1024  # positions whose logits are in memory together
+from longyarn.windows import window_losses
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     evaluation.add_model_arguments(parser)
     parser.add_argument("--tokens", type=Path, required=True, help="manifest of the tokens")
-    parser.add_argument("--lengths", type=int, nargs="+", required=True, help="window lengths")
-    parser.add_argument("--stride", type=int, help="tokens between windows; default: the length")
-    parser.add_argument("--tokens-per-document", type=int, required=True, help="at most this many")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True,
+        help="config section `evaluation.perplexity`, as JSON",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    settings = arguments.settings
+    longest = max(settings["lengths"])
     documents = held_out_documents(arguments.tokens)
-    kept, too_short = whole_windows(
-        {name: len(ids) for name, ids in documents.items()},
-        max(arguments.lengths),
-        arguments.tokens_per_document,
-    )
-    texts = {name: documents[name][:length] for name, length in kept.items()}
-    for name in too_short:
-        print(f"perplexity: {name} is too short and left out", file=sys.stderr)
+    counts = {name: len(ids) for name, ids in documents.items()}
+    kept, too_short = whole_windows(counts, longest, settings["tokens_per_document"])
+    if too_short:
+        print(
+            f"perplexity: {len(too_short)} of {len(documents)} held-out documents have fewer than "
+            f"{longest} tokens and are left out: {', '.join(too_short)}",
+            file=sys.stderr,
+        )
     model = evaluation.load(arguments)
 
-    scored = {
-        name: scored_everywhere(len(ids), arguments.lengths, arguments.stride)
-        for name, ids in texts.items()
-    }
-    facts = {"tokens_scored": int(sum(mask.sum() for mask in scored.values())), "lengths": {}}
-    for length in arguments.lengths:
-        losses = {
-            name: float(token_losses(model, ids, length, arguments.stride)[scored[name]].sum())
-            for name, ids in progress(
-                texts.items(), len(texts), f"perplexity of {arguments.variant} at {length}"
-            )
-        }
-        counts = np.asarray([scored[name].sum() for name in texts])
-        value, low, high = statistics.bootstrap_perplexity(
-            np.asarray(list(losses.values())), counts
-        )
-        facts["lengths"][str(length)] = {"value": value, "low": low, "high": high, "losses": losses}
-    facts["documents"] = {name: int(mask.sum()) for name, mask in scored.items()}
-    facts["too_short"] = too_short
+    def losses(texts: dict[str, np.ndarray], length: int, stride: int | None = None) -> dict:
+        label = f"perplexity of {arguments.variant} at {length}"
+        return window_losses(model, texts, length, stride, label)
+
+    facts = measure(losses, documents, kept, settings) | {"too_short": too_short}
     evaluation.write(
         arguments,
         script=Path(__file__),
-        settings={
-            "lengths": arguments.lengths,
-            "stride": arguments.stride,
-            "tokens_per_document": arguments.tokens_per_document,
-        },
+        settings=settings,
         inputs={"tokens": arguments.tokens},
         facts=facts,
     )
@@ -89,53 +78,114 @@ def whole_windows(
     return {name: length for name, length in kept.items() if length}, too_short
 
 
-def windows(total: int, length: int, stride: int | None) -> list[tuple[int, int, int]]:
-    """Return ``(begin, end, first)`` for each window: its tokens, and the first that it scores.
+def measure(losses, documents: dict[str, np.ndarray], kept: dict[str, int], settings: dict) -> dict:
+    """Return the facts of every protocol that ``settings``, section evaluation.perplexity, asks for.
 
-    Without a stride windows do not overlap and each scores all but its first token. With one, each
-    after the first scores only the ``stride`` tokens that no window before it has scored.
+    ``losses(texts, length, stride)`` is ``window_losses`` of the model. ``documents`` holds token ids,
+    ``kept`` how many of those that are long enough ``tiled`` reads.
     """
-    stride = stride or length
-    found, scored = [], 1
-    for begin in range(0, total, stride):
-        end = min(begin + length, total)
-        found.append((begin, end, max(scored, begin + 1)))
-        scored = end
-        if end == total:
-            break
-    return found
+    lengths, longest = settings["lengths"], max(settings["lengths"])
+    tiles = {name: documents[name][:count] for name, count in kept.items()}
+    facts, whole = tiled(losses, tiles, lengths)
+    if settings["truncate"]:
+        facts["truncate"] = truncate(whole, settings["truncate"]["lengths"] or lengths)
+    if settings["by_position"]:
+        facts["by_position"] = by_position(whole, longest, settings["by_position"]["buckets"])
+    if settings["sliding"]:
+        texts = {name: documents[name][: settings["tokens_per_document"]] for name in kept}
+        facts["sliding"] = sliding(losses, texts, **settings["sliding"])
+    return facts
 
 
-def scored_everywhere(total: int, lengths: list[int], stride: int | None) -> np.ndarray:
-    """Return which tokens are scored at every length, bool (total,)."""
+def tiled(losses, texts: dict[str, np.ndarray], lengths: list[int]) -> tuple[dict, dict]:
+    """Return the facts of windows of each length over the same tokens, and the losses of the longest.
+
+    ``texts`` are whole windows of the longest length.
+    """
+    scored = {name: scored_everywhere(len(ids), lengths) for name, ids in texts.items()}
+    figures, whole = {}, {}
+    for length in lengths:
+        found = losses(texts, length)
+        if length == max(lengths):
+            whole = found
+        tiles = {
+            name: np.split(mask, range(length, len(mask), length)) for name, mask in scored.items()
+        }
+        figures[str(length)] = figure(
+            {
+                name: [part[mask[1:]] for part, mask in zip(parts, tiles[name], strict=True)]
+                for name, parts in found.items()
+            }
+        )
+    counts = {name: int(mask.sum()) for name, mask in scored.items()}
+    return {"tokens_scored": sum(counts.values()), "lengths": figures, "documents": counts}, whole
+
+
+def scored_everywhere(total: int, lengths: list[int]) -> np.ndarray:
+    """Return which tokens have a context in tiles of every length, bool (total,)."""
     everywhere = np.ones(total, dtype=bool)
     for length in lengths:
-        here = np.zeros(total, dtype=bool)
-        for _, end, first in windows(total, length, stride):
-            here[first:end] = True
-        everywhere &= here
+        everywhere[::length] = False
     return everywhere
 
 
-def token_losses(model, ids: np.ndarray, length: int, stride: int | None) -> np.ndarray:
-    """Return each token's negative log-likelihood in nats, float64 (tokens,); unscored ones are nan.
+def truncate(whole: dict[str, list[np.ndarray]], lengths: list[int]) -> dict[str, dict]:
+    """Return the figure of each document's first window, by the window's length.
 
-    Only the logits that are scored are computed, some at a time, in float32.
+    ``whole`` has the losses of windows of the longest length. The model is causal and its RoPE does not
+    change with the length (longyarn.rope refuses any that does), so a token's loss is the same in every
+    window that begins where this one does, and no length needs a pass of its own.
     """
-    import torch
+    return {
+        str(length): figure({name: [parts[0][: length - 1]] for name, parts in whole.items()})
+        for length in lengths
+    }
 
-    losses = np.full(len(ids), np.nan)
-    for begin, end, first in windows(len(ids), length, stride):
-        window = torch.from_numpy(ids[begin:end].astype(np.int64))[None].to(model.device)
-        with torch.inference_mode():
-            hidden = model.get_decoder()(input_ids=window, use_cache=False).last_hidden_state[0]
-            for at in range(first, end, LOGITS_AT_ONCE):
-                to = min(at + LOGITS_AT_ONCE, end)
-                logits = model.get_output_embeddings()(hidden[at - 1 - begin : to - 1 - begin])
-                targets = window[0, at - begin : to - begin].to(logits.device)
-                loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-                losses[at:to] = loss.double().cpu().numpy()
-    return losses
+
+def by_position(whole: dict[str, list[np.ndarray]], length: int, buckets: int) -> dict[str, dict]:
+    """Return the figure of each part of the window, by the position at which the part ends.
+
+    ``whole`` has the losses of windows of ``length`` tokens; the parts are of equal width. The window's
+    first token has no context and no loss.
+    """
+    ends = [length * number // buckets for number in range(buckets + 1)]
+    return {
+        str(end): figure(
+            {
+                name: [losses[max(begin, 1) - 1 : end - 1] for losses in parts]
+                for name, parts in whole.items()
+            }
+        )
+        for begin, end in pairwise(ends)
+    }
+
+
+def sliding(
+    losses, texts: dict[str, np.ndarray], lengths: list[int], stride: int
+) -> dict[str, dict]:
+    """Return the figure of windows that begin every ``stride`` tokens, by the window's length.
+
+    Each window after the first scores its last ``stride`` tokens, so every token but a document's first
+    is scored once, with at least ``length - stride`` tokens before it from the second window on.
+    """
+    return {str(length): figure(losses(texts, length, stride)) for length in lengths}
+
+
+def figure(scored: dict[str, list[np.ndarray]]) -> dict:
+    """Return perplexity by both averagings from the losses that each window of each document scores.
+
+    ``value``, with its interval ``low`` to ``high``, weighs every token the same; ``window_mean`` is
+    exp of the mean over windows of each window's mean loss, as in the code that came with YaRN.
+    ``losses`` are the documents' sums.
+    """
+    losses = {name: float(np.concatenate(parts).sum()) for name, parts in scored.items()}
+    tokens = np.asarray([sum(map(len, parts)) for parts in scored.values()])
+    value, low, high = statistics.bootstrap_perplexity(np.asarray(list(losses.values())), tokens)
+    means = [part.mean() for parts in scored.values() for part in parts if len(part)]
+    return {
+        "value": value, "low": low, "high": high, "window_mean": math.exp(np.mean(means)),
+        "losses": losses,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

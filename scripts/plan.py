@@ -287,11 +287,11 @@ def shortened(config: dict, target: int) -> dict:
     changes = {"rope.target_length": target}
     if config["rope"]["factor"]:
         changes["rope.factor"] = None
-    for instrument in ("perplexity", "passkey"):
-        lengths = config["evaluation"][instrument]["lengths"]
-        if max(lengths) > target:
+    for section in ("perplexity", "perplexity.truncate", "perplexity.sliding", "passkey"):
+        lengths = (at(config, f"evaluation.{section}") or {}).get("lengths") or []
+        if lengths and max(lengths) > target:
             kept = [length for length in lengths if length < target]
-            changes[f"evaluation.{instrument}.lengths"] = [*kept, target]
+            changes[f"evaluation.{section}.lengths"] = [*kept, target]
     return changes
 
 

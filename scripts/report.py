@@ -145,13 +145,10 @@ def assemble(
             "mix": mix(pack),
             "training": train,
             "phases": [earlier(facts, phase) for phase in phases_of(facts)],
-            "perplexity": {
-                variant: {
-                    length: {key: figure[key] for key in ("value", "low", "high")}
-                    for length, figure in found["lengths"].items()
-                }
-                for variant, found in shown.perplexity.items()
-            },
+            "perplexity": curves(shown.perplexity, "lengths"),
+            "perplexity_truncate": curves(shown.perplexity, "truncate"),
+            "perplexity_by_position": curves(shown.perplexity, "by_position"),
+            "perplexity_sliding": curves(shown.perplexity, "sliding"),
             "comparisons": comparisons.compare(shown),
             "passkey": shown.passkey,
             "passkey_by_length": {
@@ -187,6 +184,16 @@ def held_out(tokens: dict, perplexity: dict[str, dict]) -> list[dict]:
         {"id": d["id"], "tokens": d["tokens"], "scored": scored.get(d["id"], 0)}
         for d in tokens["held_out"]
     ]
+
+
+def curves(perplexity: dict[str, dict], protocol: str) -> dict[str, dict]:
+    """Return each variant's figures by a protocol, without the documents' losses; none if not made."""
+    kept = ("value", "low", "high", "window_mean")
+    return {
+        variant: {at: {key: one[key] for key in kept} for at, one in found[protocol].items()}
+        for variant, found in perplexity.items()
+        if protocol in found
+    }
 
 
 def mix(pack: dict) -> dict:

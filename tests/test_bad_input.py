@@ -290,7 +290,7 @@ def test_a_passkey_length_that_is_too_short(evaluated):
 def test_no_held_out_document_is_long_enough(evaluated):
     sentence = refusal(
         perplexity, *instrument(evaluated), "--tokens", evaluated / "tokens.json",
-        "--lengths", 512, 1024, "--tokens-per-document", 2048,
+        "--settings", json.dumps({"lengths": [512, 1024], "tokens_per_document": 2048}),
     )  # fmt: skip
     assert "no held-out document has 1024 tokens; hold out longer ones (corpus.held_" in sentence
     assert "or lower evaluation.perplexity.lengths" in sentence

@@ -185,7 +185,22 @@ MISTAKES = [
         "evaluation.passkey.lengths has 8192, beyond rope.tar",
     ),
     ({"evaluation.perplexity.lengths": [8192]}, "evaluation.perplexity.lengths has 8192, beyond"),
-    ({"evaluation.perplexity.stride": 1024}, "stride 1024 is larger than the shortest length 512"),
+    (
+        {"evaluation.perplexity.sliding": {"lengths": [4096, 256]}},
+        "sliding.stride 256 is not below the shortest length 256, so windows would not overlap",
+    ),
+    (
+        {"evaluation.perplexity.sliding": {"stride": 8}},
+        "perplexity.sliding.lengths' is missing; Win",
+    ),
+    (
+        {"evaluation.perplexity.lengths": [512], "evaluation.perplexity.truncate.lengths": [1024]},
+        "truncate.lengths has 1024, beyond the longest of evaluation.perplexity.lengths 512, by which",
+    ),
+    (
+        {"evaluation.perplexity.by_position.buckets": 1024, "evaluation.perplexity.lengths": [512]},
+        "by_position.buckets 1024 divides windows of 512 tokens into parts of less than 2; lower it",
+    ),
     ({"evaluation.perplexity.tokens_per_document": 99}, "tokens_per_document 99 is less than"),
     (
         {"rope.factor": 4, "rope.original_max_position_embeddings": 512},

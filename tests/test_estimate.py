@@ -13,7 +13,7 @@ import transformers
 import yaml
 from conftest import ROOT
 
-from longyarn import estimate, requests, shapes
+from longyarn import estimate, requests, shapes, windows
 from longyarn.cli import UserError
 from longyarn.config import complete
 
@@ -256,10 +256,9 @@ def test_arithmetic_of_a_real_step(monkeypatch):
 
 def test_what_other_files_say_too():
     import passkey
-    import perplexity
 
     assert passkey.TOKENS_AT_ONCE == estimate.EVALUATED_AT_ONCE
-    assert perplexity.LOGITS_AT_ONCE == estimate.LOGITS_AT_ONCE
+    assert windows.LOGITS_AT_ONCE == estimate.LOGITS_AT_ONCE
 
 
 def test_disk_of_a_finished_run(finished):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import micro_base
 import passkey
-import perplexity
 from longyarn.tokens import held_out_documents
+from longyarn.windows import window_losses
 
 BASE = ROOT / "resources" / "micro-base"
 
@@ -67,9 +67,8 @@ def test_its_perplexity_rises_past_its_window(model, finished):
     run = finished.directory / "results" / "tests"
     held_out = held_out_documents(run / "tokens.json")
     ids = held_out["shakespeare/tempest"][:8192]
-    scored = perplexity.scored_everywhere(len(ids), [512, 4096], None)
     short, long = (
-        math.exp(np.mean(perplexity.token_losses(model, ids, length, None)[scored]))
+        math.exp(np.concatenate(window_losses(model, {"": ids}, length, None, "")[""]).mean())
         for length in (512, 4096)
     )
     assert short < 80

@@ -260,7 +260,8 @@ def test_advice_of_a_shorter_context_takes_longer_lengths_along():
     overrides = llama("qwen2-7b", length=2**20, batch_size=1)
     overrides["rope"]["factor"] = 32
     overrides["evaluation"]["perplexity"] = {
-        "lengths": [4096, 32768, 2**20], "stride": 4096, "tokens_per_document": 2**20,
+        "lengths": [4096, 32768, 2**20], "tokens_per_document": 2**20,
+        "truncate": {"lengths": [2**20, 2**18]}, "sliding": {"lengths": [2**20], "stride": 4096},
     }  # fmt: skip
     overrides["evaluation"]["passkey"] = {"lengths": [65536]}
     config = configuration(overrides)
@@ -268,7 +269,9 @@ def test_advice_of_a_shorter_context_takes_longer_lengths_along():
         plan.check_fit(config)
     assert str(refusal.value).endswith(
         "rope.target_length 262144, rope.factor null, "
-        "evaluation.perplexity.lengths [4096, 32768, 262144]"
+        "evaluation.perplexity.lengths [4096, 32768, 262144], "
+        "evaluation.perplexity.truncate.lengths [262144], "
+        "evaluation.perplexity.sliding.lengths [262144]"
     )
     mended = plan.shortened(config, 262144)
     assert plan.apply(config, [mended])["evaluation"]["perplexity"]["lengths"][2] == 262144

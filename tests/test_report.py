@@ -34,10 +34,15 @@ def perplexity_facts(values: dict[int, float], documents=DOCUMENTS, too_short=()
         value, low, high = statistics.bootstrap_perplexity(
             *(figures_of(losses), figures_of(documents))
         )
-        lengths[str(length)] = {"value": value, "low": low, "high": high, "losses": losses}
+        lengths[str(length)] = {
+            "value": value, "low": low, "high": high, "window_mean": value, "losses": losses,
+        }  # fmt: skip
     return {
         "tokens_scored": sum(documents.values()),
         "lengths": lengths,
+        "truncate": lengths,
+        "by_position": lengths,
+        "sliding": lengths,
         "documents": dict(documents),
         "too_short": list(too_short),
     }
@@ -281,7 +286,7 @@ class Run:
             kind = "base" if variant == "base" else "trained"
             self.write(
                 f"perplexity/{variant}", "perplexity", perplexity_facts(GOOD[kind]),
-                {"variant": variant, "stride": None, "tokens_per_document": 1000},
+                {"variant": variant, "tokens_per_document": 1000, "sliding": {"stride": 256}},
                 inputs | {"tokens": "tokens"},
             )  # fmt: skip
             self.write(
@@ -336,8 +341,10 @@ def test_the_json_holds_what_was_promised(made):
     for points in report["perplexity"].values():
         assert set(points) == {"512", "4096"}
         for point in points.values():
-            assert set(point) == {"value", "low", "high"}
+            assert set(point) == {"value", "low", "high", "window_mean"}
             assert point["low"] <= point["value"] <= point["high"]
+    for protocol in ("truncate", "by_position", "sliding"):
+        assert report[f"perplexity_{protocol}"] == report["perplexity"]
     cell = report["passkey"]["trained"]["4096"]["0.5"]
     assert set(cell) == {"successes", "trials", "low", "high"} and cell["successes"] == 30
     assert report["passkey_by_length"]["base"]["4096"]["trials"] == 90
@@ -407,7 +414,7 @@ def test_the_page_stands_by_itself(made):
     assert outside == []
     assert not {"script", "link", "iframe", "object", "embed", "image"} & set(page.tags)
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
-    assert page.tags.count("svg") == 4 + 3, "four figures, and a passkey panel a variant"
+    assert page.tags.count("svg") == 6 + 3, "six figures, and a passkey panel a variant"
     assert len(page.ids) == len(set(page.ids)), "the figures share ids"
     targets = {target[1:] for _, target in page.references if target.startswith("#")}
     targets |= set(re.findall(r"url\(#([^)]+)\)", text))
@@ -418,7 +425,7 @@ def test_the_page_stands_by_itself(made):
 
 
 def test_each_figure_lies_beside_the_page(made):
-    names = {"perplexity", "passkey", "loss", "rope", "mix"}
+    names = {"perplexity", "by_position", "truncate", "passkey", "loss", "rope", "mix"}
     files = sorted((made / "figures").iterdir())
     assert {file.name for file in files} == {f"{name}.png" for name in names}
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
@@ -427,9 +434,26 @@ def test_each_figure_lies_beside_the_page(made):
 def test_the_report_is_the_same_twice(made, tmp_path):
     assert Run(tmp_path).report(tmp_path / "out").returncode == 0
     again = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert len(again) == 7
+    assert len(again) == 9
     for path in again:
         assert path.read_bytes() == (made / path.relative_to(tmp_path / "out")).read_bytes(), path
+
+
+def test_a_protocol_that_was_not_made_is_not_shown(tmp_path):
+    run = Run(tmp_path)
+    for variant in run.variants:
+        path = tmp_path / f"perplexity/{variant}.json"
+        record = json.loads(path.read_text())
+        for protocol in ("truncate", "by_position", "sliding"):
+            del record["facts"][protocol]
+        path.write_text(json.dumps(record))
+    done = run.report(tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["perplexity"] and report["perplexity_sliding"] == {}
+    assert not (tmp_path / "out/figures/truncate.png").exists()
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "by position" not in text and "truncated" not in text and "that slide by" not in text
 
 
 @pytest.mark.parametrize("variants", [("base",), ("trained",), ("base", "yarn")])

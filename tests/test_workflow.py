@@ -25,6 +25,10 @@ CHANGES = {
         {"evaluation": {"perplexity": {"lengths": [256, 512, 1024]}}},
         {"perplexity": 3} | REPORT,
     ),
+    "a protocol of perplexity": (
+        {"evaluation": {"perplexity": {"sliding": None}}},
+        {"perplexity": 3} | REPORT,
+    ),
     "passkey trials": ({"evaluation": {"passkey": {"trials": 3}}}, {"passkey": 3} | REPORT),
     "learning rate": ({"training": {"learning_rate": 2.0e-3}}, FROM_TRAIN),
     "a threshold": ({"verify": {"merge_error": 0.9}}, REPORT),

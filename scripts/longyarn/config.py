@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from longyarn import batches, thresholds, variants
+from longyarn import batches, sweep, thresholds, variants
 from longyarn.cli import UserError
 
 
@@ -29,7 +29,11 @@ Validator = jsonschema.validators.extend(
     ),
 )
 
-OF_THE_RUN = ("nodes", "gpus", "threads")  # of section training; a phase has no machines of its own
+OF_THE_RUN = (
+    "nodes",
+    "gpus",
+    "threads",
+)  # of section training; a phase or a cell has no machines of its own
 
 TYPES = {
     "object": "a mapping",
@@ -51,13 +55,30 @@ def complete(config: dict, schema_path: Path) -> dict:
     counts = filled["corpus"]["held_out_documents"]
     filled["corpus"]["held_out_documents"] = {n: v for n, v in counts.items() if v is not None}
     check(filled)
-    for name, phase in phases(filled).items():
+    if filled["sweep"]["factors"] and filled["phases"]:
+        raise UserError(
+            "a sweep of a run in phases is not known; set phases to [], or sweep.factors to {}"
+        )
+    for name, part in configurations(filled).items():
         if name:
             try:
-                _check_phase(phase, filled, schema)
+                _check_part(part, filled, schema)
             except UserError as error:
-                raise UserError(f"in {name.strip('/')} of config key 'phases': {error}") from None
+                raise UserError(f"{within(name)}{error}") from None
     return filled
+
+
+def configurations(config: dict) -> dict[str, dict]:
+    """Return each whole configuration by its directory below the run's: phases, the run, a sweep's cells."""
+    return phases(config) | sweep.cells(config)
+
+
+def within(name: str) -> str:
+    """Return the words that say of which phase or cell a sentence speaks; none of the run itself."""
+    if not name:
+        return ""
+    key = "sweep" if name.startswith(sweep.DIRECTORY) else "phases"
+    return f"in {name.removeprefix(f'{sweep.DIRECTORY}/').strip('/')} of config key {key!r}: "
 
 
 def phases(config: dict) -> dict[str, dict]:
@@ -84,11 +105,11 @@ def _merged(config: dict, changes: dict) -> dict:
     return config | changes | inner
 
 
-def _check_phase(phase: dict, run: dict, schema: dict) -> None:
-    _validate(phase, schema)
-    check_training(phase)
+def _check_part(part: dict, run: dict, schema: dict) -> None:
+    _validate(part, schema)
+    check_training(part)
     for key in OF_THE_RUN:
-        if phase["training"][key] != run["training"][key]:
+        if part["training"][key] != run["training"][key]:
             raise UserError(
                 f"training.{key} is that of the whole run, {run['training'][key]}; take it out"
             )
@@ -197,17 +218,7 @@ def check(config: dict) -> None:
                     f"evaluation.{instrument}.lengths has {length}, beyond rope.target_length {target}; "
                     "lower it or raise the target"
                 )
-    perplexity = config["evaluation"]["perplexity"]
-    if perplexity["stride"] and perplexity["stride"] > min(perplexity["lengths"]):
-        raise UserError(
-            f"evaluation.perplexity.stride {perplexity['stride']} is larger than the shortest length "
-            f"{min(perplexity['lengths'])}, so tokens would go unscored; lower it"
-        )
-    if perplexity["tokens_per_document"] < max(perplexity["lengths"]):
-        raise UserError(
-            f"evaluation.perplexity.tokens_per_document {perplexity['tokens_per_document']} is less than "
-            f"the longest length {max(perplexity['lengths'])}; raise it"
-        )
+    check_perplexity(config["evaluation"]["perplexity"])
     corpus = config["corpus"]
     if not corpus["held_out"] and not corpus["held_out_documents"]:
         raise UserError(
@@ -233,6 +244,35 @@ def check_verify(config: dict) -> None:
     if rope["method"] != "none":
         known = {name: length for name, length in known.items() if length}
         thresholds.check_lengths(config["verify"], lengths, known)
+
+
+def check_perplexity(perplexity: dict) -> None:
+    """Refuse protocols of perplexity that cannot be made from the documents that `tiled` reads."""
+    longest, limit = max(perplexity["lengths"]), perplexity["tokens_per_document"]
+    if limit < longest:
+        raise UserError(
+            f"evaluation.perplexity.tokens_per_document {limit} is less than the longest length "
+            f"{longest}; raise it"
+        )
+    for name in ("truncate", "sliding"):
+        lengths = (perplexity[name] or {}).get("lengths") or []
+        if lengths and max(lengths) > longest:
+            raise UserError(
+                f"evaluation.perplexity.{name}.lengths has {max(lengths)}, beyond the longest of "
+                f"evaluation.perplexity.lengths {longest}, by which documents are chosen; add it there"
+            )
+    sliding = perplexity["sliding"]
+    if sliding and sliding["stride"] >= min(sliding["lengths"]):
+        raise UserError(
+            f"evaluation.perplexity.sliding.stride {sliding['stride']} is not below the shortest length "
+            f"{min(sliding['lengths'])}, so windows would not overlap; lower it"
+        )
+    by_position = perplexity["by_position"]
+    if by_position and 2 * by_position["buckets"] > longest:
+        raise UserError(
+            f"evaluation.perplexity.by_position.buckets {by_position['buckets']} divides windows of "
+            f"{longest} tokens into parts of less than 2; lower it"
+        )
 
 
 def check_corpus(corpus: dict) -> None:

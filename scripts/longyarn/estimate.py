@@ -5,6 +5,7 @@ stage does (scripts/train.py), read from its libraries' code and
 measured on a CPU; on a GPU it is unproved.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from longyarn import batches
@@ -18,7 +19,7 @@ REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 CUDA_CONTEXT = 1 * GIB  # CUDA, cuBLAS and NCCL themselves: an allowance, not measured by us
 EVALUATED_AT_ONCE = 16384  # tokens of prompts in a forward pass of scripts/passkey.py
-LOGITS_AT_ONCE = 1024  # positions of logits that scripts/perplexity.py holds
+LOGITS_AT_ONCE = 1024  # positions of logits that scripts/longyarn/windows.py holds
 TEXT_PER_TOKEN = 5  # bytes of text, about; English has 4 to 5
 
 
@@ -224,18 +225,25 @@ def training_flops(shape: Shape, setup: Setup, tokens: float) -> float:
 def evaluation_flops(shape: Shape, config: dict, instrument: str) -> float:
     """Return the operations of one instrument on one variant."""
     settings = config["evaluation"][instrument]
-    total = 0.0
-    for length in settings["lengths"]:
-        if instrument == "perplexity":
-            stride = settings["stride"] or length
-            corpus = config["corpus"]
-            documents = len(corpus["held_out"]) + sum(corpus["held_out_documents"].values())
-            taken = settings["tokens_per_document"] * documents
-            tokens = taken * length / stride
-        else:
-            tokens = length * settings["trials"] * len(settings["depths"])
-        total += tokens * sum(forward_flops(shape, length))
-    return total
+    if instrument == "perplexity":
+        read = perplexity_tokens(config)
+    else:
+        trials = settings["trials"] * len(settings["depths"])
+        read = [(length, length * trials) for length in settings["lengths"]]
+    return sum(tokens * sum(forward_flops(shape, length)) for length, tokens in read)
+
+
+def perplexity_tokens(config: dict) -> list[tuple[int, int]]:
+    """Return each window length and the tokens read at it; truncate and by_position read none."""
+    settings, corpus = config["evaluation"]["perplexity"], config["corpus"]
+    documents = len(corpus["held_out"]) + sum(corpus["held_out_documents"].values())
+    taken = settings["tokens_per_document"]
+    read = [(length, documents * taken) for length in settings["lengths"]]
+    if sliding := settings["sliding"]:
+        for length in sliding["lengths"]:
+            windows = 1 + math.ceil((taken - length) / sliding["stride"])
+            read.append((length, documents * windows * length))
+    return read
 
 
 def training_tokens(config: dict) -> int | None:

@@ -40,7 +40,7 @@ MORE_TONES = ("vermilion", "violet", "umber", "sky")
 MORE_MARKERS = ("P", "X", "*", "<", ">", "h")
 PANELS = 5  # of passkey, side by side
 
-WIDTH = 6.9  # inches; a point is a unit of the SVG, 72 to the inch
+WIDTH, HEIGHT = 6.9, 3.9  # inches; a point is a unit of the SVG, 72 to the inch
 STYLE = {
     "axes.edgecolor": LIGHT["muted"],
     "axes.grid": True,
@@ -130,51 +130,116 @@ def svg(figure: Figure, name: str) -> str:
 
 def perplexity(report: dict) -> Figure | None:
     """Draw perplexity against window length, with intervals; None where there is none."""
-    curves = report["perplexity"]
+    return by_length(report["perplexity"], report["rope"], WIDTH)
+
+
+def truncate(report: dict) -> Figure | None:
+    """Draw perplexity of each document's first window against its length; None where there is none."""
+    return by_length(report["perplexity_truncate"], report["rope"], WIDTH * 0.82)
+
+
+def by_length(curves: dict[str, dict], rope: dict, width: float) -> Figure | None:
+    """Draw a curve of perplexity for each variant over lengths in tokens; None where there is none."""
     if not curves:
         return None
-    height = max(3.9, 0.4 * len(curves))
-    figure = Figure(figsize=(WIDTH, height))
+    height = height_for(curves)
+    figure = Figure(figsize=(width, height))
     axes = figure.add_subplot()
-    ends, every_variant = [], report["rope"]["variants"]
-    for variant, points in curves.items():
-        lengths = sorted(map(int, points))
-        values = [points[str(length)]["value"] for length in lengths]
-        low = [points[str(length)]["low"] for length in lengths]
-        high = [points[str(length)]["high"] for length in lengths]
-        colour, trained = LIGHT[tone(variant, every_variant)], variant == "trained"
-        axes.fill_between(lengths, low, high, color=colour, alpha=0.16, linewidth=0)
-        axes.plot(
-            lengths, values, color=colour, marker=marker(variant, every_variant),
-            linestyle=DASHES.get(variant, "-"), linewidth=2.6 if trained else 1.6, zorder=4 if trained else 3,
-        )  # fmt: skip
-        ends.append((values[-1], f"{variant} {significant(values[-1])}", colour))
-    every = [point[key] for points in curves.values() for point in points.values() for key in point]
+    lengths = sorted({int(length) for points in curves.values() for length in points})
+    places = {str(length): length for length in lengths}
+    ends = [
+        draw_curve(axes, variant, points, places, rope["variants"])
+        for variant, points in curves.items()
+    ]
+    perplexity_axis(axes, curves)
+    length_axis(axes, lengths, rope)
+    label_ends(axes, ends, gap=0.075 * HEIGHT / height)
+    return figure
+
+
+def height_for(curves: dict) -> float:
+    """Return the height in inches of a drawing with a label beside each curve's end."""
+    return max(HEIGHT, 0.4 * len(curves))
+
+
+def by_position(report: dict) -> Figure | None:
+    """Draw perplexity against the position in the longest window; None where there is none."""
+    curves = report["perplexity_by_position"]
+    if not curves:
+        return None
+    height = height_for(curves)
+    figure = Figure(figsize=(WIDTH * 0.82, height))
+    axes = figure.add_subplot()
+    parts = sorted(map(int, next(iter(curves.values()))))
+    places = {
+        str(end): (begin + end) / 2 for begin, end in zip([0, *parts[:-1]], parts, strict=True)
+    }
+    variants = report["rope"]["variants"]
+    ends = [
+        draw_curve(axes, variant, points, places, variants) for variant, points in curves.items()
+    ]
+    perplexity_axis(axes, curves)
+    axes.set_xlim(0, parts[-1])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("position in the window, tokens")
+    axes.grid(axis="x", visible=False)
+    mark_lengths(axes, 0, parts[-1], report["rope"])
+    label_ends(axes, ends, gap=0.075 * HEIGHT / height)
+    return figure
+
+
+def draw_curve(
+    axes, variant: str, points: dict, places: dict, every_variant: dict
+) -> tuple[float, str, str]:
+    """Draw a variant's figures at their places, with intervals; return its end for ``label_ends``."""
+    at = sorted(points, key=int)
+    x = [places[key] for key in at]
+    values = [points[key]["value"] for key in at]
+    low, high = ([points[key][end] for key in at] for end in ("low", "high"))
+    colour, trained = LIGHT[tone(variant, every_variant)], variant == "trained"
+    axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+    axes.plot(
+        x, values, color=colour, marker=marker(variant, every_variant), linestyle=DASHES.get(variant, "-"),
+        linewidth=2.6 if trained else 1.6, zorder=4 if trained else 3,
+    )  # fmt: skip
+    return values[-1], f"{variant} {significant(values[-1])}", colour
+
+
+def perplexity_axis(axes, curves: dict[str, dict]) -> None:
+    """Make y an axis of perplexity, logarithmic where the figures are far apart."""
+    every = [
+        point[key]
+        for points in curves.values()
+        for point in points.values()
+        for key in ("low", "high")
+    ]
     if max(every) > 4 * min(every):
         axes.set_yscale("log")
         close = max(every) < 40 * min(every)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if close else (1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    lengths = sorted({int(length) for points in curves.values() for length in points})
-    length_axis(axes, lengths, report["rope"])
     axes.set_ylabel("perplexity")
-    label_ends(axes, ends, gap=0.075 * 3.9 / height)
-    return figure
 
 
 def length_axis(axes, lengths: list[int], rope: dict) -> None:
     """Make x a log-2 axis of lengths in tokens, with the original and the target length marked."""
     axes.set_xscale("log", base=2)
     axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.12)
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    ticks = lengths if len(lengths) <= 8 else [n for n in lengths if n & (n - 1) == 0]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("window length, tokens")
     axes.grid(axis="x", visible=False)
+    mark_lengths(axes, lengths[0], lengths[-1], rope)
+
+
+def mark_lengths(axes, low: int, high: int, rope: dict) -> None:
+    """Mark the original and the target length on x where they lie between ``low`` and ``high``."""
     marks = {rope["target_length"]: "target", rope["original_length"]: "original length"}
     for length, name in marks.items():
-        if lengths[0] <= length <= lengths[-1]:
+        if low <= length <= high:
             axes.axvline(length, color=LIGHT["muted"], linewidth=1, linestyle=(0, (2, 2)), zorder=1)
             axes.annotate(
                 name, (length, 1), (0, 4), xycoords=axes.get_xaxis_transform(), ha="center",
@@ -285,7 +350,7 @@ def loss(report: dict) -> Figure | None:
     history = report["training"]["loss"]
     if not history:
         return None
-    figure = Figure(figsize=(WIDTH * 0.82, 3.9))
+    figure = Figure(figsize=(WIDTH * 0.82, HEIGHT))
     axes = figure.add_subplot()
     steps, losses = zip(*history, strict=True)
     dots = "o" if len(steps) <= 40 else None
@@ -303,7 +368,7 @@ def rope(report: dict) -> Figure:
     variant = settings["variants"][settings["trained"]]
     before = [2 * math.pi / f for f in variant["base_inverse_frequencies"]]
     after = [2 * math.pi / f for f in variant["inverse_frequencies"]]
-    figure = Figure(figsize=(WIDTH * 0.82, 3.9))
+    figure = Figure(figsize=(WIDTH * 0.82, HEIGHT))
     axes = figure.add_subplot()
     if variant["ramp_limits"]:
         axes.axvspan(*variant["ramp_limits"], color=LIGHT["yarn"], alpha=0.14, linewidth=0)
@@ -379,6 +444,8 @@ def bar(axes, title: str, parts: list[tuple[str, int, str]]) -> None:
 
 DRAWINGS = {
     "perplexity": perplexity,
+    "by_position": by_position,
+    "truncate": truncate,
     "passkey": passkey,
     "loss": loss,
     "rope": rope,

@@ -12,7 +12,7 @@ import yaml
 
 from longyarn import estimate, shapes
 from longyarn.cli import UserError
-from longyarn.config import phases
+from longyarn.config import configurations, within
 from longyarn.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,13 +54,13 @@ def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
 
 
 def job_name(job) -> str:
-    """Return the name of a Snakemake job's rule, behind its phase where it has one: phase-1/train."""
+    """Return the name of a Snakemake job's rule, behind its phase or cell if any: phase-1/train."""
     return job.wildcards.get("phase", "") + job.rule.name
 
 
 def job_config(job, config: dict) -> dict:
-    """Return the configuration of a Snakemake job's phase."""
-    return phases(config).get(job.wildcards.get("phase", ""), config)
+    """Return the configuration of a Snakemake job's phase or cell."""
+    return configurations(config).get(job.wildcards.get("phase", ""), config)
 
 
 def sbatch_call(job, settings, **given) -> str:
@@ -80,12 +80,11 @@ def check(config: dict) -> None:
     """Refuse a model.shape or a hardware.gpu that is not listed, or that cannot do what is asked."""
     if config["model"]["shape"]:
         shapes.named(config["model"]["shape"])
-    for name, settings in phases(config).items():
+    for name, settings in configurations(config).items():
         try:
             check_hardware(settings)
         except UserError as error:
-            where = f"in {name.strip('/')} of config key 'phases': " if name else ""
-            raise UserError(f"{where}{error}") from None
+            raise UserError(f"{within(name)}{error}") from None
 
 
 def check_hardware(config: dict) -> None:
@@ -128,7 +127,7 @@ def known_shape(config: dict) -> Shape | None:
 def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
     """Return the bytes of host memory that a stage needs, or None where the config does not tell."""
     training = config["training"]
-    if stage in ("patch_rope", "report", "gate", "download_model", "checkpoint"):
+    if stage in ("patch_rope", "report", "gate", "sweep", "download_model", "checkpoint"):
         return PROCESS
     if stage == "micro_base":
         return 4 * PROCESS
@@ -174,7 +173,7 @@ def training_memory(config: dict, shape: Shape) -> float:
 def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
     """Return the minutes that a stage takes, about, or None where the config does not tell."""
     tokens = estimate.packed_tokens(config)
-    if stage in ("patch_rope", "report", "gate", "checkpoint"):
+    if stage in ("patch_rope", "report", "gate", "sweep", "checkpoint"):
         return 0.0
     if stage == "micro_base":
         return 240.0

@@ -1,27 +1,56 @@
 """Intervals: what the evaluation knows, and how well."""
 
+import functools
 import math
+from statistics import NormalDist
 
 import numpy as np
 
 
 def bootstrap_perplexity(
-    losses: np.ndarray, tokens: np.ndarray, resamples: int = 2000, seed: int = 0
+    losses: np.ndarray, tokens: np.ndarray, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
     """Return ``(value, low, high)``: token-weighted perplexity and its 95 % interval over documents.
 
     ``losses`` (documents,) are sums of negative log-likelihoods in nats, ``tokens`` (documents,) how
     many tokens each sum has. Perplexity is exp(Σ losses / Σ tokens). The interval is the percentile
-    bootstrap over documents (Efron & Tibshirani 1993, chapter 13): documents, not tokens, are the
-    independent draws. With one document there is none, and both ends are the value.
+    bootstrap over documents (Efron & Tibshirani 1993, chapter 13), expanded for their number:
+    documents, not tokens, are the independent draws. With one document there is none, and both ends
+    are the value.
     """
     value = math.exp(losses.sum() / tokens.sum())
-    if len(losses) < 2:
+    count = len(losses)
+    if count < 2:
         return value, value, value
-    draws = np.random.default_rng(seed).integers(len(losses), size=(resamples, len(losses)))
+    draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     ratios = losses[draws].sum(axis=1) / tokens[draws].sum(axis=1)
-    low, high = np.exp(np.percentile(ratios, [2.5, 97.5]))
+    tail = expanded_tail(count)
+    low, high = np.exp(np.quantile(ratios, [tail, 1 - tail]))
     return value, float(low), float(high)
+
+
+@functools.cache
+def expanded_tail(count: int) -> float:
+    """Return the share of bootstrap means of ``count`` draws beyond each end of a 95 % interval.
+
+    The plain 2.5 % gives an interval that is too narrow: the bootstrap divides by n where the variance
+    wants n − 1, and has the tails of the normal where Student's t is due. Φ(−√(n/(n−1)) · t) mends both:
+    the expanded percentile interval (Hesterberg 2015, The American Statistician 69(4), 371–386).
+    """
+    quantile = student_quantile(0.975, count - 1)
+    return NormalDist().cdf(-math.sqrt(count / (count - 1)) * quantile)
+
+
+def student_quantile(share: float, freedom: int) -> float:
+    """Return the quantile of Student's t with ν degrees of freedom.
+
+    With t = √ν · tan θ the density is cos(θ) to the power ν − 1, but for a factor.
+    """
+    parts = 200_000
+    edges = math.pi * (np.arange(parts + 1) / parts - 0.5)
+    below = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1))
+    angle = np.interp(share, below / below[-1], edges[1:])
+    return math.sqrt(freedom) * math.tan(angle)
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

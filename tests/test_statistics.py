@@ -1,0 +1,59 @@
+"""Intervals: each covers what it says it covers."""
+
+import math
+
+import numpy as np
+import pytest
+
+from longyarn import statistics
+
+
+def test_perplexity_is_token_weighted_and_its_interval_spans_documents():
+    losses, tokens = np.array([10.0, 300.0]), np.array([10, 100])
+    value, low, high = statistics.bootstrap_perplexity(losses, tokens)
+    assert value == pytest.approx(math.exp(310 / 110))
+    assert low == pytest.approx(math.exp(1.0))
+    assert high == pytest.approx(math.exp(3.0))
+    assert statistics.bootstrap_perplexity(losses[:1], tokens[:1]) == (math.e, math.e, math.e)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.70620), (2, 4.30265), (4, 2.77645), (19, 2.09302), (999, 1.96234)]
+)  # fmt: skip
+def test_quantiles_of_student_are_those_of_the_tables(freedom, quantile):
+    assert statistics.student_quantile(0.975, freedom) == pytest.approx(quantile, abs=2e-4)
+
+
+@pytest.mark.parametrize("documents", [20, 40])
+def test_the_interval_of_perplexity_covers_19_times_in_20(documents):
+    """Documents differ in length (by a factor of 3, 1 in 3) and in how hard they are (skewed).
+
+    The mean loss of a document is 3 nats a token, give or take 0.35, with a longer tail to hard ones.
+    """
+    generator = np.random.default_rng(0)
+
+    def sample(count: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.exp(generator.normal(9, 0.5, count)).round()
+        hard = 3 + 0.35 * (generator.gamma(4, 0.5, count) - 2)
+        return hard * tokens, tokens
+
+    losses, tokens = sample(1_000_000)
+    truth = math.exp(losses.sum() / tokens.sum())
+    repeats, covered = 2000, 0
+    for _ in range(repeats):
+        _, low, high = statistics.bootstrap_perplexity(*sample(documents), resamples=1000)
+        covered += low <= truth <= high
+    assert 0.93 <= covered / repeats <= 0.97
+
+
+@pytest.mark.parametrize("trials", [10, 50, 75])
+def test_wilson_covers_19_times_in_20_on_the_mean_over_rates(trials):
+    """Exact, from the binomial distribution, the mean over rates from 0 to 1."""
+    rates = np.linspace(0.0005, 0.9995, 1000)
+    coverage = np.zeros(len(rates))
+    for successes in range(trials + 1):
+        low, high = statistics.wilson(successes, trials)
+        ways = math.comb(trials, successes)
+        chance = ways * rates**successes * (1 - rates) ** (trials - successes)
+        coverage += chance * ((low <= rates) & (rates <= high))
+    assert 0.945 <= coverage.mean() <= 0.96

@@ -1,0 +1,264 @@
+"""Sweeps: cells are whole configurations, what they share is computed once, and one table comes out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import ROOT
+from stages import refusal, run
+from test_config import DEFAULT, SCHEMA_PATH
+from test_config import refusal as config_refusal
+from test_report import grid, perplexity_facts
+
+import sweep as stage
+from longyarn import config, manifest, sweep
+
+SEEDS = [{"mix.seed": 1, "training.seed": 1}, {"mix.seed": 2, "training.seed": 2}]
+
+
+def swept(factors: dict, design: str = "one_at_a_time") -> dict:
+    return DEFAULT | {"sweep": {"design": design, "factors": factors}}
+
+
+def names(factors: dict, design: str = "one_at_a_time") -> list[str]:
+    return list(sweep.cells(swept(factors, design)))
+
+
+def test_one_at_a_time_each_cell_differs_in_one_value():
+    found = sweep.cells(swept({"training.steps": [50, 75], "rope.method": ["ntk"]}))
+    # 75 steps are the default's own.
+    assert list(found) == ["", "cells/training.steps=50/", "cells/rope.method=ntk/"]
+    few = found["cells/training.steps=50/"]
+    assert few["training"] == DEFAULT["training"] | {"steps": 50}
+    assert few["rope"] == DEFAULT["rope"] and few["sweep"]["factors"] == {}
+    assert DEFAULT["training"]["steps"] == 75
+
+
+def test_a_grid_has_every_combination_once():
+    factors = {"training.steps": [50, 75], "rope.method": ["yarn", "ntk"], "mix.seed": [0, 1, 2]}
+    found = names(factors, "grid")
+    assert len(found) == len(set(found)) == 12
+    assert "cells/mix.seed=2+rope.method=ntk+training.steps=50/" in found
+
+
+@pytest.mark.parametrize("design", ["one_at_a_time", "grid"])
+def test_a_factor_more_renames_no_cell(design):
+    factors = {"training.steps": [75, 50], "seeds": [{"mix.seed": 0}, *SEEDS]}
+    more = factors | {"rope.method": ["yarn", "ntk"]}
+    assert set(names(factors, design)) < set(names(more, design))
+
+
+def test_names_are_short_and_safe_in_a_path():
+    long = {f"training.lora.{key}": True for key in ("train_embeddings", "train_norms", "rslora")}
+    for changes in (long, {"mix.short_from": ["a b", "c/d"]}, {"mix.shares": {"kjv": 1.0}}):
+        name = sweep.directory(changes)
+        assert len(name) < 80 and name.count("/") == 2
+        assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_+-/")
+    others = ({"mix.shares": {"kjv": 0.5}}, {"mix.shares": {"kjv": 0.7}})
+    assert sweep.directory(others[0]) != sweep.directory(others[1])
+    assert sweep.directory({"mix.long_share": 0.6}) == "cells/mix.long_share=0.6/"
+
+
+def test_a_stage_belongs_to_the_first_cell_with_the_same_settings_so_far():
+    cells = sweep.cells(
+        swept({"training.steps": [50], "mix.seed": [1], "x": [{"mix.seed": 1, "training.seed": 1}],
+               "rope.method": ["ntk"], "rope.beta_fast": [16]})
+    )  # fmt: skip
+    steps, seed, both, ntk, ramp = list(cells)[1:]
+    owners = {
+        stage: [sweep.owner(cells, name, stage) for name in cells]
+        for stage in ("patch_rope", "pack", "train")
+    }
+    assert owners["patch_rope"] == ["", "", "", "", "", ramp]
+    assert owners["pack"] == ["", "", seed, seed, ntk, ramp]
+    assert owners["train"] == ["", steps, seed, both, ntk, ramp]
+
+
+@pytest.mark.parametrize(
+    ("factors", "words"),
+    [
+        ({"training.stepz": [1]}, "in training.stepz=1 of config key 'sweep': config key 'training.st"),
+        ({"training.steps": [0]}, "in training.steps=0 of config key 'sweep': config key 'training.s"),
+        ({"training.steps": [100]}, "in training.steps=100 of config key 'sweep': training.steps ×"),
+        ({"training.gpus": [2]}, "training.gpus is that of the whole run"),
+        ({"training.steps.x": [1]}, "sweep.factors changes training.steps.x, but steps is no section"),
+        ({"paths.work": ["a"]}, "which changes 'paths.work', and a sweep changes keys of rope, mix"),
+        ({"evaluation.threads": [2]}, "changes 'evaluation.threads', and a sweep changes keys of"),
+        ({"corpus": [{"corpus.held_out": []}]}, "changes 'corpus.held_out'"),
+        ({"seeds": [1, 2]}, "sweep.factors has 'seeds', which changes 'seeds'"),
+        ({"training.steps": []}, "must not be empty"),
+    ],
+)  # fmt: skip
+def test_a_sweep_that_cannot_be_is_refused_by_name(factors, words):
+    assert words in config_refusal(DEFAULT, {"sweep.factors": factors})
+
+
+def test_two_factors_of_a_grid_do_not_change_one_key():
+    factors = {"mix.seed": [1], "seeds": SEEDS}
+    words = config_refusal(DEFAULT, {"sweep": {"design": "grid", "factors": factors}})
+    assert "two factors of sweep.factors change mix.seed, the second is 'seeds'" in words
+
+
+def test_a_sweep_and_phases_do_not_go_together():
+    phases = [{"rope": {"target_length": 1024}}]
+    assert "set phases to []" in config_refusal(
+        DEFAULT, {"sweep.factors": {"mix.seed": [1]}, "phases": phases}
+    )
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "presets/sweeps").glob("*.yaml")))
+def test_presets_are_valid(preset):
+    made = config.complete(DEFAULT | yaml.safe_load(preset.read_text()), SCHEMA_PATH)
+    assert 10 < len(sweep.cells(made)) <= 30
+
+
+# The table, on figures of a sweep that never was.
+
+
+def made(directory, values: dict) -> list:
+    """Write a run's manifests with a perplexity at 4096 and keys of 30 found, by the cells' changes."""
+    for changes, (perplexity, keys) in values.items():
+        place = directory / sweep.directory(dict(changes))
+        of = {512: 31.0, 4096: perplexity}
+        for name, facts in (
+            ("trained", {"tokens_seen": 614400}),
+            ("perplexity/trained", perplexity_facts(of)),
+            ("passkey/trained", {"grid": grid({512: 30, 4096: keys})}),
+        ):
+            manifest.write_json(place / f"{name}.json", {"facts": facts})
+    lengths = {"original_max_position_embeddings": 512, "max_position_embeddings": 4096}
+    manifest.write_json(directory / "rope.json", {"facts": lengths})
+    (directory / "benchmarks").mkdir()
+    (directory / "benchmarks/train.tsv").write_text("s\tmax_rss\n75.0\t300\n")
+    cells = json.dumps([dict(changes) for changes in values])
+    outputs = {
+        "json": "sweep.json", "page": "sweep.md", "png": "sweep.png", "svg": "sweep.svg",
+    }  # fmt: skip
+    words = ["--rope", directory / "rope.json", "--cells", cells]
+    return [*words, *(part for k, v in outputs.items() for part in (f"--{k}", directory / v))]
+
+
+def test_cells_are_compared_with_the_default(tmp_path):
+    better, same, other = (("training.steps", 400),), (("mix.seed", 1),), (("mix.seed", 2),)
+    values = {(): (31.0, 29), better: (28.0, 30), same: (31.0, 28), other: (31.3, 10)}
+    arguments = made(tmp_path, values)
+    run(stage, *arguments)
+    found = manifest.read_json(tmp_path / "sweep.json")
+    assert list(found["cells"]) == ["default", "training.steps=400", "mix.seed=1", "mix.seed=2"]
+    at = {name: cell["figures"]["4096"] for name, cell in found["cells"].items()}
+    assert at["training.steps=400"]["perplexity_ratio"]["value"] == pytest.approx(28 / 31, rel=1e-3)
+    assert at["training.steps=400"]["perplexity_ratio"]["significant"]
+    assert at["mix.seed=1"]["perplexity_ratio"]["value"] == 1
+    assert at["mix.seed=2"]["passkey_difference"]["significant"]
+    assert found["seeds"]["cells"] == ["default", "mix.seed=1", "mix.seed=2"]
+    spread = found["seeds"]["4096"]
+    assert (
+        spread["perplexity"]["low"] < spread["perplexity"]["high"] == pytest.approx(31.3, rel=1e-2)
+    )
+    assert spread["passkey"]["low"] == pytest.approx(1 / 3)
+    assert spread["passkey"]["deviation"] == pytest.approx(
+        0.3564, abs=1e-4
+    )  # of 29, 28 and 10 in 30
+    assert "1 have a significantly lower perplexity (training.steps=400)" in found["sentence"]
+    assert "over 3 seeds of the default perplexity lies between" in found["sentence"]
+    page = (tmp_path / "sweep.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 4 and len({row.count("|") for row in rows}) == 1
+    assert "614,400 | 1 min 15 s" in rows[2] and "90 of 90" in rows[3]
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "sweep.svg").read_text()
+    assert "training.steps=400" in svg and "band: seeds" in svg
+    first = {
+        name: (tmp_path / name).read_bytes() for name in ("sweep.md", "sweep.svg", "sweep.png")
+    }
+    run(stage, *arguments)
+    assert all((tmp_path / name).read_bytes() == content for name, content in first.items())
+
+
+def test_without_seeds_their_spread_is_said_to_be_unknown(tmp_path):
+    run(stage, *made(tmp_path, {(): (31.0, 29), (("training.steps", 50),): (33.0, 29)}))
+    assert manifest.read_json(tmp_path / "sweep.json")["seeds"] is None
+    assert "how much another seed changes is unknown" in (tmp_path / "sweep.md").read_text()
+
+
+def test_a_sweep_without_factors_is_refused(tmp_path):
+    assert "sweep.factors has nothing that differs" in refusal(
+        stage, *made(tmp_path, {(): (31.0, 29)})
+    )
+
+
+# The DAG.
+
+OF_24 = {
+    "design": "grid",
+    "factors": {
+        "training.learning_rate": [1.0e-3, 5.0e-4, 2.0e-3],
+        "mix.long_share": [0.8, 0.6],
+        "rope.method": ["yarn", "ntk"],
+        "training.lora.rank": [4, 8],
+    },
+}
+
+
+def test_what_24_cells_share_is_planned_once(workspace):
+    planned = workspace.planned({"sweep": OF_24}, "sweep")
+    assert planned == {
+        "download_model": 1, "download_corpus": 1, "tokenise": 1, "sweep": 1,
+        "patch_rope": 2,  # yarn and ntk
+        "pack": 4,  # long share × method
+        "train": 24, "merge": 24, "perplexity": 24, "passkey": 24,
+    }  # fmt: skip
+
+
+def test_a_finished_run_is_the_default_cell(finished):
+    factors = {"training.learning_rate": [5.0e-4], "mix.seed": [1]}
+    assert finished.planned({"sweep": {"factors": factors}}, "sweep") == {
+        "pack": 1, "train": 2, "merge": 2, "perplexity": 2, "passkey": 2, "sweep": 1,
+    }  # fmt: skip
+    # And the run itself is not concerned.
+    assert finished.planned({"sweep": {"factors": factors}}) == {}
+
+
+def test_a_killed_sweep_goes_on_with_what_is_missing(finished_copy):
+    overrides = {"sweep": {"factors": {"training.learning_rate": [5.0e-4, 2.0e-3]}}}
+    made = finished_copy.directory / "results" / "tests"
+    every = finished_copy.planned(overrides, "sweep")
+    assert every == {
+        "train": 2, "merge": 2, "perplexity": 2, "passkey": 2, "sweep": 1,
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "tests/config.yaml",
+        "overrides.yaml", "--", "sweep",
+    ]  # fmt: skip
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    started = subprocess.Popen(
+        command, cwd=finished_copy.directory, env=os.environ | {"PATH": path},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        while not (done := list(made.glob("cells/*/trained.json"))):
+            assert started.poll() is None, "the sweep ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+    (kept,) = done
+    before = (kept.read_bytes(), kept.stat().st_mtime_ns)
+    finished_copy.snakemake("--unlock")
+    left = finished_copy.planned(overrides, "sweep")
+    assert left["train"] == 1 and left["sweep"] == 1
+    assert all(left[rule] <= every[rule] for rule in every)
+    finished_copy.snakemake("sweep", overrides=overrides)
+    assert (kept.read_bytes(), kept.stat().st_mtime_ns) == before
+    assert finished_copy.planned(overrides, "sweep") == {}
+    found = manifest.read_json(made / "sweep.json")
+    assert list(found["cells"]) == [
+        "default", "training.learning_rate=0.0005", "training.learning_rate=0.002",
+    ]  # fmt: skip
+    assert all(cell["train_seconds"] > 0 for cell in found["cells"].values())
+    assert (made / "sweep.md").is_file()

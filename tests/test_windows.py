@@ -1,0 +1,129 @@
+"""Windows over documents: which tokens each scores, their losses, and the memory that takes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from stages import MICRO_BASE
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from longyarn import windows
+from longyarn.windows import Window, window_losses
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, num_attention_heads=2, num_hidden_layers=2,
+        intermediate_size=64, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def naive(model, ids, length, stride):
+    """One forward pass for each scored token, with just the context that its window gives it."""
+    losses = np.full(len(ids), np.nan)
+    begin = 0
+    while begin < len(ids):
+        end = min(begin + length, len(ids))
+        for at in range(begin + 1, end):
+            if np.isnan(losses[at]):
+                with torch.no_grad():
+                    logits = model(torch.tensor([ids[begin:at].tolist()])).logits[0, -1]
+                losses[at] = -torch.log_softmax(logits.double(), -1)[ids[at]]
+        if end == len(ids):
+            break
+        begin += stride or length
+    return losses[~np.isnan(losses)]
+
+
+@pytest.mark.parametrize("at_once", [8, 64], ids=["alone", "batched"])
+@pytest.mark.parametrize(("length", "stride"), [(8, None), (32, None), (16, 4), (8, 3), (12, 5)])
+def test_losses_equal_the_direct_computation(model, length, stride, at_once, monkeypatch):
+    monkeypatch.setattr(windows, "LOGITS_AT_ONCE", 5)
+    monkeypatch.setattr(windows, "TOKENS_AT_ONCE", at_once)
+    generator = np.random.default_rng(0)
+    texts = {
+        name: generator.integers(0, 50, size=size).astype(np.int32)
+        for name, size in (("a", 64), ("b", 37))
+    }
+    found = window_losses(model, texts, length, stride, "test")
+    for name, ids in texts.items():
+        losses = np.concatenate(found[name])
+        np.testing.assert_allclose(losses, naive(model, ids, length, stride), atol=1e-5)
+        assert len(losses) == len(ids) - (1 if stride else -(-len(ids) // length))
+
+
+def test_windows_of_equal_length_share_a_forward_pass(monkeypatch):
+    monkeypatch.setattr(windows, "TOKENS_AT_ONCE", 16)
+    every = [
+        *windows.windows("a", 21, 8), *windows.windows("b", 16, 8), *windows.windows("c", 32, 32)
+    ]  # fmt: skip
+    groups = windows.batches(every)
+    assert [window for group in groups for window in group] == every
+    assert [[window.length for window in group] for group in groups] == [[8, 8], [5], [8, 8], [32]]
+    assert windows.windows("a", 21, 8, 5)[-1] == Window("a", 15, 21, 18)
+
+
+def extended(length: int, dtype: torch.dtype):
+    """Return the micro base with YaRN to a length."""
+    config = AutoConfig.from_pretrained(MICRO_BASE)
+    config.rope_parameters = config.rope_parameters | {
+        "rope_type": "yarn", "factor": length / 512, "original_max_position_embeddings": 512,
+    }  # fmt: skip
+    config.max_position_embeddings = length
+    return AutoModelForCausalLM.from_pretrained(MICRO_BASE, config=config, dtype=dtype).eval()
+
+
+def test_bf16_and_float32_agree_to_a_thousandth():
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+    ids = AutoTokenizer.from_pretrained(MICRO_BASE)(text)["input_ids"][:8192]
+    found = {
+        dtype: window_losses(
+            extended(4096, dtype), {"docs": np.asarray(ids, np.int32)}, 4096, None, "test"
+        )["docs"]
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    means = [np.concatenate(losses).mean() for losses in found.values()]
+    assert np.exp(means[1] - means[0]) == pytest.approx(1, abs=1e-3)
+
+
+PEAK = """
+import json, resource, sys
+sys.path[:0] = sys.argv[1:3]
+import numpy as np, torch
+from longyarn.windows import window_losses
+from test_windows import extended
+
+length = int(sys.argv[3])
+model = extended(length, torch.float32)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+ids = np.random.default_rng(0).integers(2048, size=length, dtype=np.int32)
+window_losses(model, {"warm": ids[:64]}, 64, None, "test")
+before = peak()
+(losses,) = window_losses(model, {"long": ids}, length, None, "test")["long"]
+print(json.dumps([len(losses), peak() - before]))
+"""
+
+
+def test_the_memory_of_a_long_window_is_less_than_its_logits():
+    """32,768 tokens with a vocabulary of 2,048, and no logits, scores or caches of them all."""
+    length, vocabulary = 32768, 2048
+    command = [sys.executable, "-c", PEAK, ROOT / "tests", ROOT / "scripts", str(length)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # freed memory is given back
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    scored, grown = json.loads(done.stdout)
+    assert scored == length - 1
+    assert grown < 4 * length * vocabulary
