@@ -107,6 +107,7 @@ def main() -> None:
             "memory",
         ),
         measured("merge_time_vs_peft", "<= 1", merging, lambda time: f"{time:.1f} s", "time"),
+        measured(
             "ppl_curve_vs_pass_per_length",
             "<= 0.15",
             perplexity_curve,
