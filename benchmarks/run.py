@@ -16,6 +16,7 @@ from pathlib import Path
 
 import chunked_loss
 import llamafactory
+import merging
 import packing_memory
 import packing_others
 import packing_speed
@@ -105,6 +106,14 @@ def main() -> None:
             packing_memory,
             lambda size: f"{size / 2**20:.0f} MiB",
         ),
+        measured(
+            "merge_memory_vs_peft",
+            "<= 0.3",
+            merging,
+            lambda size: f"{size / 2**20:.0f} MiB",
+            "memory",
+        ),
+        measured("merge_time_vs_peft", "<= 1", merging, lambda time: f"{time:.1f} s", "time"),
         measured(
             "ppl_curve_vs_pass_per_length",
             "<= 0.15",

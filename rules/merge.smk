@@ -22,7 +22,10 @@ rule merge:
     params:
         code=code("merge"),
         threads=config["training"]["threads"],
+        dtype=unless_null("--dtype", config["merge"]["dtype"]),
+        work=config["paths"]["work"],
     shell:
         "python scripts/merge.py --base {input.base} --rope {input.rope} --train {input.train}"
-        " --threads {params.threads} --manifest {output.manifest} --output {output.payload}"
+        " {params.dtype} --threads {params.threads} --work {params.work}"
+        " --manifest {output.manifest} --output {output.payload}"
         " 2>&1 | tee {log}"

@@ -1,19 +1,24 @@
-"""Merge what was trained into the base model: safetensors in, safetensors out, shard by shard.
+"""Merge what was trained into the base model: safetensors in, safetensors out, a block at a time.
 
-A LoRA delta, B·A·alpha/r, is added in float32 and the sum cast to the base's type once; a tensor that
-was trained whole replaces the base's. What the cast takes of a change is measured. The merged directory
-carries its RoPE, tokenizer and generation settings, and loads with plain transformers.
+A LoRA delta is added in float32 and the sum cast once; a tensor that was trained whole replaces the
+base's. Never is more than a part of one tensor in memory, whatever the model's size. What the cast takes of
+a change is measured. The merged directory carries its RoPE, tokenizer and generation settings, and loads
+with plain transformers. A merge that was killed goes on with the shards that are not written yet.
 """
 
 import argparse
 import json
+import math
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from longyarn import manifest, models
-from longyarn.cli import UserError, program, progress, require_space, set_up_torch
+from longyarn import attempts, deltas, manifest, models, storage
+from longyarn.cli import program, progress, require_space, set_up_torch
 
-PREFIX = "base_model.model."
+BLOCK = 1 << 22  # elements that are in memory at once, in float32
+KINDS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 def main() -> None:
@@ -21,7 +26,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
     parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
     parser.add_argument("--train", type=Path, required=True, help="manifest of what was trained")
+    parser.add_argument("--dtype", choices=KINDS, help="of the weights; default: the base's own")
     parser.add_argument("--threads", type=int, required=True, help="CPU threads")
+    parser.add_argument("--work", type=Path, required=True, help="root of work directories")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
     parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
     arguments = parser.parse_args()
@@ -32,27 +39,30 @@ def main() -> None:
     train = manifest.read(arguments.train)
     source = arguments.base.parent / base["facts"]["directory"]
     trained = arguments.train.parent / train["facts"]["directory"]
-    require_space(arguments.output.parent, base["facts"]["bytes"], "the merged model")
+    weights, changes = source, {}
+    if train["facts"]["mode"] == "lora":
+        changes = deltas.read(trained, shapes(source))
+    else:
+        weights = trained
+    shards = models.tensor_files(weights)
+    require_space(arguments.output.parent, size(shards, arguments.dtype), "the merged model")
 
-    error = 0.0
+    work = attempts.directory(arguments.work, identity(arguments))
+    work.mkdir(parents=True, exist_ok=True)
+    attempts.record(work, identity(arguments))
+    loss = Loss()
+    for shard in progress(shards, len(shards), "merge"):
+        loss = loss.or_worse(merge_once(shard, work / shard.name, changes, arguments.dtype))
     with manifest.new_directory(arguments.output) as directory:
-        if train["facts"]["mode"] == "lora":
-            adapter = read_adapter(trained, tensor_names(source))
-            shards = models.tensor_files(source)
-            for shard in progress(shards, len(shards), "merge"):
-                error = max(error, merge_shard(shard, directory / shard.name, adapter))
-            index = source / "model.safetensors.index.json"
-            if index.is_file():
-                shutil.copyfile(index, directory / index.name)
-        else:
-            for file in sorted(trained.iterdir()):
-                shutil.copyfile(file, directory / file.name)
-        copy_rest(source, directory, rope)
+        for shard in shards:
+            attempts.link(work / shard.name, directory / shard.name)
+        copy_index(weights, directory)
+        copy_rest(source, directory, rope, arguments.dtype)
     files = sorted(arguments.output.glob("[!.]*"))
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
-        settings={},
+        settings={"dtype": arguments.dtype},
         inputs={"base": arguments.base, "rope": arguments.rope, "train": arguments.train},
         files=files,
         facts={
@@ -61,116 +71,132 @@ def main() -> None:
             "source": f"{arguments.output.parent.name}/{arguments.output.name}",
             "revision": None,
             "mode": train["facts"]["mode"],
-            "merge_error": error,
+            "merge_error": loss.share,
+            "merge_error_tensor": loss.tensor,
             "trust_remote_code": base["facts"]["trust_remote_code"],
             "bytes": sum(file.stat().st_size for file in files),
         },
     )
+    shutil.rmtree(work, ignore_errors=True)  # linked from the payload, or copied there
 
 
-def tensor_names(model_directory: Path) -> set[str]:
-    """Return the names of all tensors in a model directory."""
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for file in models.tensor_files(model_directory):
-        with safe_open(file, framework="pt") as shard:
-            names.update(shard.keys())
-    return names
-
-
-def read_adapter(directory: Path, base_names: set[str]) -> dict:
-    """Return, by the name of the base's tensor, a function from its old value to its new one, uncast.
-
-    The names and the scale follow PEFT: ``<name>.lora_A.weight`` is A (r, in), ``lora_B`` is B
-    (out, r), and the delta is B·A·alpha/r, or alpha/√r with rsLoRA.
-    """
-    from safetensors.torch import load_file
-
-    record = manifest.read_json(directory / "adapter_config.json")
-    for key in ("lora_bias", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
-        if record.get(key):
-            raise UserError(f"the adapter uses {key}, which Longyarn's merge does not know")
-    rank = record["r"]
-    scale = record["lora_alpha"] / (rank**0.5 if record.get("use_rslora") else rank)
-    tensors = load_file(directory / "adapter_model.safetensors")
-    if record.get("ensure_weight_tying"):
-        # PEFT saves a tied embedding under the head's name too; the base has it once.
-        tensors = {k: v for k, v in tensors.items() if not is_second_name(k, tensors, base_names)}
-    changes = {}
-    for name, tensor in tensors.items():
-        target = name.removeprefix(PREFIX)
-        if ".lora_B." in target:
-            continue
-        if ".lora_A." in target:
-            other = tensors[name.replace(".lora_A.", ".lora_B.")]
-            changes[target.replace(".lora_A.", ".")] = add_delta(tensor, other, scale)
-        else:
-            changes[target] = replace_by(tensor)
-    unknown = sorted(set(changes) - base_names)
-    if unknown:
-        raise UserError(
-            f"the adapter changes {unknown[0]}, which the base model lacks; it was trained on another "
-            "model"
-        )
-    return changes
+def identity(arguments: argparse.Namespace) -> dict:
+    """Return what defines the merged shards, and the run, whose attempts share a work directory."""
+    return {
+        "run": str(arguments.manifest),
+        "code": manifest.code_hash(Path(__file__)),
+        "base": manifest.sha256(arguments.base),
+        "train": manifest.sha256(arguments.train),
+        "dtype": arguments.dtype,
+    }
 
 
-def is_second_name(name: str, tensors: dict, base_names: set[str]) -> bool:
-    """Tell whether a tensor that the base lacks is one that it has, under another name."""
-    if "lora_" in name or name.removeprefix(PREFIX) in base_names:
-        return False
-    return any(
-        other != name and tensor.shape == tensors[name].shape and tensor.equal(tensors[name])
-        for other, tensor in tensors.items()
-    )
+def shapes(model_directory: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors in a model directory by name."""
+    files = models.tensor_files(model_directory)
+    return {name: place.shape for file in files for name, place in storage.header(file).items()}
 
 
-def add_delta(a, b, scale: float):
-    """Return the change of a matrix W (out, in) to W + scale·B·A, summed in float32."""
-
-    return lambda weight: weight.float() + (b.float() @ a.float()) * scale
-
-
-def replace_by(tensor):
-    """Return the change of a tensor to another one of the same shape."""
-    return lambda weight: tensor
+def size(shards: list[Path], dtype: str | None) -> int:
+    """Return the bytes that shards have when they are cast."""
+    places = [place for shard in shards for place in storage.header(shard).values()]
+    return sum(storage.WIDTHS[kind_of(place, dtype)] * math.prod(place.shape) for place in places)
 
 
-def lost(weight, wanted, new) -> float:
-    """Return the share of a change that the cast took: ‖new − wanted‖ / ‖wanted − weight‖, in float32.
+def kind_of(place: storage.Place, dtype: str | None) -> str:
+    """Return the type that a tensor is cast to; only what training could have is cast."""
+    return KINDS[dtype] if dtype and place.kind in storage.TORCH else place.kind
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The share of a change that the cast took, ‖new − wanted‖ / ‖wanted − old‖, and in which tensor.
 
     A change of less than half the last bit is lost whole, so 1 means that nothing was learnt.
     """
-    change = (wanted.float() - weight.float()).norm().item()
-    return (new.float() - wanted.float()).norm().item() / change if change else 0.0
+
+    share: float = 0.0
+    tensor: str | None = None
+
+    def or_worse(self, other: "Loss") -> "Loss":
+        """Return the larger of two losses."""
+        return other if other.share > self.share else self
 
 
-def merge_shard(source: Path, target: Path, changes: dict) -> float:
+def merge_once(
+    source: Path, target: Path, changes: dict[str, deltas.Lazy], dtype: str | None
+) -> Loss:
+    """Write a shard that an attempt before has not written; return the largest share lost in it."""
+    record = target.with_suffix(".json")  # written last, so it tells that the shard is whole
+    if not record.is_file():
+        loss = merge_shard(source, target, changes, dtype)
+        manifest.write_json(record, {"share": loss.share, "tensor": loss.tensor})
+    return Loss(**manifest.read_json(record))
+
+
+def merge_shard(
+    source: Path, target: Path, changes: dict[str, deltas.Lazy], dtype: str | None
+) -> Loss:
     """Write one shard with ``changes`` applied; return the largest share of one that was lost."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    merged, error = {}, 0.0
-    with safe_open(source, framework="pt") as shard:
-        metadata = shard.metadata()
-        for name in shard.keys():
-            weight = shard.get_tensor(name)
-            wanted = changes[name](weight) if name in changes else weight
-            new = wanted.to(weight.dtype)
-            if new.shape != weight.shape:
-                raise UserError(
-                    f"the adapter's {name} has shape {tuple(new.shape)} where the base model has "
-                    f"{tuple(weight.shape)}; it was trained on another model"
-                )
-            if name in changes:
-                error = max(error, lost(weight, wanted, new))
-            merged[name] = new.contiguous()
-    save_file(merged, target, metadata=metadata)
-    return error
+    losses: list[Loss] = []
+    streams = {}
+    for name, place in storage.header(source).items():
+        kind = kind_of(place, dtype)
+        change = changes.get(name)
+        parts = merged(source, name, place, kind, change, losses)
+        streams[name] = storage.Stream(kind, place.shape, parts)
+    storage.write(target, streams, storage.metadata(source))
+    return max(losses, key=lambda loss: loss.share, default=Loss())
 
 
-def copy_rest(source: Path, directory: Path, rope: dict) -> None:
+def merged(
+    file: Path,
+    name: str,
+    place: storage.Place,
+    kind: str,
+    lazy: deltas.Lazy | None,
+    losses: list[Loss],
+) -> Iterator:
+    """Yield the bytes of a tensor, changed and cast, some rows at a time; put its loss into ``losses``."""
+    import torch
+
+    if lazy is None and kind == place.kind:
+        yield from storage.blocks(file, place)
+        return
+    change = lazy and lazy()
+    lost = changed = 0.0
+    rows, *rest = place.shape or (1,)
+    step = max(1, BLOCK // max(1, math.prod(rest)))
+    for begin in range(0, rows, step):
+        old = storage.torch_rows(file, place, begin, min(step, rows - begin))
+        wanted = old.float()
+        if change:
+            wanted, delta = change(wanted, begin)
+            changed += float(delta.norm()) ** 2
+        new = wanted.to(getattr(torch, storage.TORCH[kind]))
+        if change:
+            lost += float((new.float() - wanted).norm()) ** 2
+        yield new.contiguous().reshape(-1).view(torch.uint8).numpy()
+    if changed:
+        losses.append(Loss(math.sqrt(lost / changed), name))
+
+
+def copy_index(source: Path, directory: Path) -> None:
+    """Write the index of a model in shards, with the size that they have now."""
+    name = "model.safetensors.index.json"
+    if not (source / name).is_file():
+        return
+    record = manifest.read_json(source / name)
+    places = [
+        place
+        for shard in directory.glob("*.safetensors")
+        for place in storage.header(shard).values()
+    ]
+    record["metadata"] = record.get("metadata", {}) | {"total_size": sum(p.size for p in places)}
+    manifest.write_json(directory / name, record)
+
+
+def copy_rest(source: Path, directory: Path, rope: dict, dtype: str | None) -> None:
     """Copy tokenizer and settings beside the weights and write the config with its RoPE."""
     from longyarn.rope import patched_config
 
@@ -181,6 +207,9 @@ def copy_rest(source: Path, directory: Path, rope: dict) -> None:
     config = patched_config(
         config, rope["rope_parameters"], rope["max_position_embeddings"], rope["full_attention"]
     )
+    if dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = storage.TORCH[KINDS[dtype]]
     manifest.write_json(directory / "config.json", config)
     tokenizer = directory / "tokenizer_config.json"
     if tokenizer.is_file():

@@ -145,15 +145,16 @@ def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, l
                 ]
             )
 
+    kind = storage.KINDS[tokens.dtype]
     tensors = {
         "piece_lengths": pieces.length.astype(np.int32),
         "piece_documents": documents.astype(np.int32),
         "piece_offsets": plan.offsets.astype(np.int64),
-        "input_ids": storage.Stream(tokens.dtype, shape, rows("tokens", tokens.dtype, "pack")),
+        "input_ids": storage.Stream(kind, shape, rows("tokens", tokens.dtype, "pack")),
     }
     scored = plan.real.tokens
     if tokens.conversations.any():
-        kind, scored = np.dtype(bool), 0
+        scored = 0
 
         def counted(masks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
             nonlocal scored
@@ -161,8 +162,8 @@ def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, l
                 scored += int(mask.sum())
                 yield mask
 
-        masks = counted(rows("scored", kind, "pack: what is scored"))
-        tensors["scored"] = storage.Stream(kind, shape, masks)
+        masks = counted(rows("scored", np.dtype(bool), "pack: what is scored"))
+        tensors["scored"] = storage.Stream("BOOL", shape, masks)
     storage.write(path, tensors)
     return scored
 

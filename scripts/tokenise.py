@@ -8,11 +8,9 @@ killed goes on where it stood. scripts/longyarn/tokens.py reads all this.
 
 import argparse
 import concurrent.futures
-import contextlib
 import difflib
 import json
 import multiprocessing
-import os
 import shutil
 import sys
 from collections import Counter
@@ -65,7 +63,7 @@ def main() -> None:
     with manifest.new_directory(arguments.output) as directory:
         storage.write(directory / INDEX, index)
         for unit in units:
-            link(unit.output, directory / unit.output.name)
+            attempts.link(unit.output, directory / unit.output.name)
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
@@ -253,14 +251,6 @@ def mark_duplicates(digests: np.ndarray, roles: np.ndarray) -> None:
     held_out = np.maximum.reduceat(roles[order] == HELD_OUT, begins)
     extra = (~first | held_out[group]) & (roles[order] == TRAINING)
     roles[order[extra]] = DUPLICATE
-
-
-def link(source: Path, target: Path) -> None:
-    """Put a file at another place too: by a hard link, or as a copy where the disk is another."""
-    with contextlib.suppress(OSError):
-        os.link(source, target)
-        return
-    shutil.copyfile(source, target)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The merge: logits of base + adapter, from one file or from shards, and a model that loads alone."""
 
+import functools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,10 +10,11 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from stages import small_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from longyarn import manifest, models
+from longyarn import deltas, manifest, models
 
 IDS = torch.arange(200)[None] % 97
 
@@ -85,12 +88,16 @@ def adapt(directory, **settings):
         return adapted.eval()(IDS).logits
 
 
-def merge(directory):
-    command = [sys.executable, ROOT / "scripts/merge.py", "--threads", "1"]
+def arguments_of(directory) -> list:
+    command = ["--threads", "1", "--work", directory / "work"]
     for name in ("base", "rope"):
         command += [f"--{name}", directory / f"{name}.json"]
     command += ["--train", directory / "trained.json", "--manifest", directory / "merged.json"]
-    command += ["--output", directory / "merged"]
+    return [*command, "--output", directory / "merged"]
+
+
+def merge(directory, *more):
+    command = [sys.executable, ROOT / "scripts/merge.py", *arguments_of(directory), *more]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -119,8 +126,6 @@ def test_shards_and_kinds_of_adapters(tmp_path, tied, settings):
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     small_base(tmp_path, True)
     adapt(tmp_path, r=4)
-    from safetensors.torch import save_file
-
     path = tmp_path / "trained" / "adapter_model.safetensors"
     renamed = {k.replace("layers.2", "layers.7"): v for k, v in load_file(path).items()}
     save_file(renamed, path)
@@ -132,15 +137,99 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.json").exists()
 
 
-def test_the_delta_is_added_in_float32():
-    """A bfloat16 base keeps the float32 sum's rounding, not that of a bfloat16 delta."""
-    from merge import add_delta
+def test_a_bfloat16_base_gets_the_rounded_float32_sum(tmp_path, monkeypatch):
+    """To the bit, and a block at a time: not the sum of a bfloat16 delta."""
+    import merge
+    from longyarn import storage
 
+    monkeypatch.setattr(merge, "BLOCK", 64 * 10)
     torch.manual_seed(0)
-    weight = torch.randn(64, 64).bfloat16()
+    tensors = {"w.weight": torch.randn(64, 64).bfloat16(), "same": torch.randn(7).bfloat16()}
+    save_file(tensors, tmp_path / "base.safetensors", {"format": "pt"})
     a, b = torch.randn(8, 64), torch.randn(64, 8)
-    exact = (weight.double() + 0.01 * (b.double() @ a.double())).bfloat16()
-    assert torch.equal(add_delta(a, b, 0.01)(weight).to(weight.dtype), exact)
+    save_file({"a": a, "b": b}, tmp_path / "adapter.safetensors")
+    places = storage.header(tmp_path / "adapter.safetensors")
+    change = functools.partial(
+        deltas.load_sum, tmp_path / "adapter.safetensors", places["a"], places["b"], 0.01
+    )
+    target = tmp_path / "merged.safetensors"
+    merge.merge_shard(tmp_path / "base.safetensors", target, {"w.weight": change}, None)
+    found = load_file(target)
+    exact = tensors["w.weight"].double() + 0.01 * (b.double() @ a.double())
+    assert torch.equal(found["w.weight"], exact.bfloat16())
+    assert torch.equal(found["same"], tensors["same"])
+
+
+def test_what_was_added_is_the_adapters(tmp_path):
+    """The other way round: merged − base has the adapter's values, and its rank."""
+    small_base(tmp_path, False)
+    adapt(tmp_path, r=4, lora_alpha=8)
+    assert merge(tmp_path).returncode == 0
+    before, after = load_all(tmp_path / "base"), load_all(tmp_path / "merged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == adapted_names(tmp_path)
+    for name in changed:
+        added = after[name].double() - before[name].double()
+        torch.testing.assert_close(added, delta_of(tmp_path, name).double(), atol=1e-6, rtol=0)
+        sizes = torch.linalg.svdvals(added)
+        assert sizes[4] < 1e-5 * sizes[0] < sizes[3]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_cast_to_another_type(tmp_path, dtype):
+    small_base(tmp_path, True)
+    expected = adapt(tmp_path, r=4)
+    done = merge(tmp_path, "--dtype", dtype)
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.dtype == models.torch_dtype(dtype)
+    with torch.no_grad():
+        assert (model(IDS).logits - expected).abs().max() < 0.05 * expected.abs().max()
+    index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for tensor in load_all(tmp_path / "merged").values()
+    )
+
+
+def test_killed_half_way_it_goes_on_to_the_same_model(tmp_path):
+    small_base(tmp_path, False)
+    adapt(tmp_path, r=4)
+    assert merge(tmp_path).returncode == 0
+    record = (tmp_path / "merged.json").read_bytes()
+    shutil.rmtree(tmp_path / "merged")
+    # Killed as a shard's last byte is about to be written under its name.
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'merge.py'\n"
+        "import merge\nfrom longyarn import storage\nwrite, count = storage.write, [0]\n"
+        "def counted(*given):\n    count[0] += 1\n"
+        "    os._exit(9) if count[0] == 3 else write(*given)\n"
+        "storage.write = counted\nmerge.main()\n"
+    )
+    command = [str(part) for part in arguments_of(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "scripts"), *command])
+    assert done.returncode == 9
+    assert not (tmp_path / "merged").exists()
+    written = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.json")}
+    done = merge(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "merged.json").read_bytes() == record
+    assert len(written) == 3  # two shards and what the work is about
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    small_base(tmp_path, False)
+    adapt(tmp_path, r=4)
+    with small_disk(tmp_path / "small", 1) as small:
+        filler = small / "filler"
+        filler.write_bytes(b"0" * ((1 << 20) - 60_000))
+        done = merge(tmp_path, "--work", small)
+        assert done.returncode == 1 and "error: no space left on the disk" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.json").exists()
+        assert not list(small.rglob("*.partial"))
+        filler.unlink()
+        assert merge(tmp_path, "--work", small).returncode == 0
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -151,8 +240,6 @@ def test_what_rounding_took_of_the_change_is_measured(tmp_path, tied):
     assert merge(tmp_path).returncode == 0
     assert manifest.read_facts(tmp_path / "merged.json")["merge_error"] == 0
     exact = load_all(tmp_path / "merged")
-    from safetensors.torch import save_file
-
     for file in (tmp_path / "base").glob("*.safetensors"):
         save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
     write_manifest(tmp_path, "base", {"trust_remote_code": False, "source": "x", "revision": None})
@@ -174,7 +261,8 @@ def load_all(directory) -> dict:
 
 def adapted_names(directory) -> set:
     adapter = load_file(directory / "trained" / "adapter_model.safetensors")
-    return {name.removeprefix("base_model.model.").replace(".lora_A", "") for name in adapter}
+    names = (name for name in adapter if ".lora_A" in name)
+    return {name.removeprefix("base_model.model.").replace(".lora_A", "") for name in names}
 
 
 def delta_of(directory, name) -> torch.Tensor:

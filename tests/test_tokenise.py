@@ -118,14 +118,14 @@ def test_what_is_written_in_parts_is_safetensors(tmp_path):
         "wide": np.arange(5), "empty": np.empty((0, 2), np.uint64), "flags": np.array([True, False]),
         "rows": np.arange(6, dtype=np.uint16).reshape(3, 2),
     }  # fmt: skip
-    parts = storage.Stream(np.dtype("uint16"), (3, 2), (row for row in tensors["rows"]))
+    parts = storage.Stream("U16", (3, 2), (row for row in tensors["rows"]))
     storage.write(tmp_path / "a.safetensors", tensors | {"rows": parts})
     for read in (load_file, storage.read):
         found = read(tmp_path / "a.safetensors")
         assert set(found) == set(tensors)
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype and np.array_equal(found[name], tensor), name
-    short = storage.Stream(np.dtype("uint16"), (4, 2), (row for row in tensors["rows"]))
+    short = storage.Stream("U16", (4, 2), (row for row in tensors["rows"]))
     with pytest.raises(ValueError, match="do not have the shapes"):
         storage.write(tmp_path / "b.safetensors", {"rows": short})
     assert not (tmp_path / "b.safetensors").exists()

@@ -140,10 +140,8 @@ def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
     if shape is None:
         return None
     if stage == "merge":
-        # A shard, what replaces it and its bytes on the way to disk; shards have up to 10 GB.
-        trained = shape.trained_parameters(training["mode"], training["lora"])
-        shard = min(2 * shape.parameters, 10e9)
-        return PROCESS + 3 * shard + 4 * trained
+        # A tensor that was trained whole, read in 32 bits, is the most; the embedding is the largest.
+        return PROCESS + 300 * MIB + 2 * 4 * shape.vocab_size * shape.hidden_size
     if stage in ("perplexity", "passkey"):
         evaluation, on_gpu = config["evaluation"], training["gpus"] > 0
         weights, work = estimate.evaluation_memory(shape, evaluation, on_gpu)
