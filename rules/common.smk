@@ -206,7 +206,10 @@ def evaluation_lengths():
         "--tokens-per-document": [perplexity["tokens_per_document"]],
         "--passkey-lengths": passkey["lengths"],
         "--digits": [passkey["digits"]],
+        "--needles": [passkey["needles"]],
     }
+    if passkey["haystack"]:
+        options["--haystack"] = [shlex.quote(passkey["haystack"])]
     return " ".join(
         " ".join(map(str, [name, *values])) for name, values in options.items()
     )

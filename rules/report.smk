@@ -3,6 +3,8 @@
 # The base's frequencies are those before, the trained one's those after.
 REPORTED_ROPES = sorted({"base", TRAINED_ROPE, *VARIANTS} - {"trained"})
 
+HARNESS_VARIANTS = VARIANTS if config["evaluation"]["harness"]["tasks"] else []
+
 # What each earlier phase wrote, by the name of its job.
 EARLIER = {
     f"{name}{stage}": f"{RUN}/{name}{written}.json"
@@ -27,6 +29,7 @@ rule report:
         rope=expand(f"{RUN}/rope/{{name}}.json", name=REPORTED_ROPES),
         perplexity=expand(f"{RUN}/perplexity/{{name}}.json", name=VARIANTS),
         passkey=expand(f"{RUN}/passkey/{{name}}.json", name=VARIANTS),
+        harness=expand(f"{RUN}/harness/{{name}}.json", name=HARNESS_VARIANTS),
         phases=list(EARLIER.values()),
         template="resources/report.html.jinja",
     output:
@@ -46,6 +49,7 @@ rule report:
         trained_rope=TRAINED_ROPE,
         perplexity=by_name("perplexity", VARIANTS),
         passkey=by_name("passkey", VARIANTS),
+        harness=by_name("harness", HARNESS_VARIANTS),
         phases=[f"{job}={written}" for job, written in EARLIER.items()],
         disclosure=config["model"]["disclosure"] or "",
         benchmarks=f"{RUN}/benchmarks",
@@ -54,7 +58,7 @@ rule report:
         " --tokens {input.tokens} --pack {input.pack} --train {input.train} --merge {input.merge}"
         " --rope {params.rope:q} --trained-rope {params.trained_rope}"
         " --perplexity {params.perplexity:q} --passkey {params.passkey:q}"
-        " --phases {params.phases:q}"
+        " --harness {params.harness:q} --phases {params.phases:q}"
         " --disclosure={params.disclosure:q} --template {input.template}"
         " --benchmarks {params.benchmarks:q} --html {output.html} --json {output.json}"
         " --figures {output.figures} 2>&1 | tee {log}"

@@ -28,6 +28,8 @@ def test_a_possible_evaluation_passes(finished):
     [
         ({"perplexity_lengths": [10**6], "tokens_per_document": 10**6}, "no held-out document has"),
         ({"passkey_lengths": [512, 60]}, "evaluation.passkey.lengths has 60"),
+        ({"passkey_lengths": [256], "needles": 10}, "has 256, too short for 10 keys"),
+        ({"haystack": "no/such.txt"}, "evaluation.passkey.haystack no/such.txt cannot be read"),
     ],
 )
 def test_an_impossible_one_is_refused(finished, changes, words):
