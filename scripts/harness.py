@@ -116,7 +116,14 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
     found = results(lm, others, arguments) if others else {}
     # One length after the other: a limit takes the first examples, and those are of the first length.
     for length in arguments.lengths if ruler else []:
-        for task, entry in results(lm, ruler, arguments, length).items():
+        try:
+            at_length = results(lm, ruler, arguments, length)
+        except ZeroDivisionError:  # lm_eval divides by the answers of an example that has none
+            raise UserError(
+                f"evaluation.harness.lengths has {length}, too short for the words that {', '.join(ruler)} "
+                "would have the model find, with this tokenizer; RULER's own lengths begin at 4096"
+            ) from None
+        for task, entry in at_length.items():
             found.setdefault(task, entry)["metrics"] |= entry["metrics"]
     return found
 
