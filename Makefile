@@ -20,7 +20,7 @@ LAYERED := $(if $(PROFILE),--workflow-profile $(PROFILE)) $(if $(CONFIG),--confi
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: run setup setup-dev setup-slurm test test-slurm lint bench micro-base plan prefetch preflight lock image sif test-containers accept clean clean-work
+.PHONY: run setup setup-dev setup-slurm setup-harness test test-slurm lint bench micro-base plan prefetch preflight lock image sif test-containers accept clean clean-work
 
 run: setup
 	snakemake --cores $(CORES) $(LAYERED)
@@ -28,6 +28,7 @@ run: setup
 setup: $(VENV)/.run
 setup-dev: $(VENV)/.dev
 setup-slurm: $(VENV)/.slurm
+setup-harness: $(VENV)/.harness
 
 # torch alone first, so that pip's configuration (or TORCH_INDEX_URL) decides on the build; then all
 # the rest, complete and hash-checked, so that nothing unpinned can come along.
@@ -51,8 +52,14 @@ $(VENV)/.slurm: $(VENV)/.run envs/slurm.txt
 	python -m pip check
 	touch $@
 
+# lm_eval, for evaluation.harness. Not part of setup: most runs do without its many packages.
+$(VENV)/.harness: $(VENV)/.run envs/harness.txt
+	python -m pip install --quiet --require-hashes --no-deps --no-build-isolation -r envs/harness.txt
+	python -m pip check
+	touch $@
+
 # Suites that need Debian packages skip without them, and say so; test-slurm installs SLURM, as root.
-test: setup-dev setup-slurm
+test: setup-dev setup-slurm setup-harness
 	python -m pytest tests
 
 test-slurm: setup-dev setup-slurm

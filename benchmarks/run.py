@@ -20,6 +20,7 @@ import merging
 import packing_memory
 import packing_others
 import packing_speed
+import passkey_speed
 import perplexity_curve
 import training_speed
 
@@ -97,6 +98,7 @@ def main() -> None:
             lambda size: f"{size / 2**30:.2f} GiB",
         ),
         measured("train_vs_bare_loop", ">= 0.95", training_speed, tokens_a_second),
+        measured("passkey_vs_generate", "<= 0.4", passkey_speed, lambda time: f"{time:.1f} s"),
         measured("pack_vs_encode_batch", ">= 0.85", packing_speed, tokens_a_second),
         measured("pack_vs_trl", ">= 1", packing_others, tokens_a_second, "trl"),
         measured("pack_vs_datasets_map", ">= 1", packing_others, tokens_a_second, "map"),

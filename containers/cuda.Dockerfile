@@ -3,7 +3,7 @@
 # 13.0, and DeepSpeed compiles with nvcc at run time.
 ARG BASE=docker.io/nvidia/cuda@sha256:8b2705ea7a8653ad3451b46ab835eced92d77b44e671b9cf3ad4f95fbb2efe5e
 FROM ${BASE} AS locked
-COPY containers/install envs/cuda.txt envs/build.txt envs/run.txt /opt/build/
+COPY containers/install envs/cuda.txt envs/build.txt envs/run.txt envs/harness.txt /opt/build/
 RUN /opt/build/install cuda && rm -r /opt/build
 
 # FlashAttention has no wheel for this torch, so it is built against it, in a stage of its own.

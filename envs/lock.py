@@ -24,6 +24,7 @@ LOCKS = {
     "cuda": ["--no-config"],
     "flash": ["--no-config", "--no-deps"],
     "slurm": ["--no-config"],
+    "harness": ["--config-file=uv.toml", "--no-emit-package=torch", "--no-emit-package=setuptools"],
     "dev": ["--no-config"],
 }
 

@@ -243,7 +243,10 @@ def evaluation_lengths():
         "--passkey-lengths": passkey["lengths"],
         "--digits": [passkey["digits"]],
         "--thresholds": [as_json(config["verify"])],
+        "--needles": [passkey["needles"]],
     }
+    if passkey["haystack"]:
+        options["--haystack"] = [shlex.quote(passkey["haystack"])]
     return " ".join(
         " ".join(map(str, [name, *values])) for name, values in options.items()
     )

@@ -4,6 +4,7 @@
 rule passkey:
     input:
         unpack(variant_inputs),
+        haystack=config["evaluation"]["passkey"]["haystack"] or [],
     output:
         manifest=f"{RUN}/{{phase}}passkey/{{variant}}.json",
     log:
@@ -27,9 +28,12 @@ rule passkey:
         trials=config["evaluation"]["passkey"]["trials"],
         digits=config["evaluation"]["passkey"]["digits"],
         seed=config["evaluation"]["passkey"]["seed"],
+        needles=config["evaluation"]["passkey"]["needles"],
+        haystack=unless_null("--haystack", config["evaluation"]["passkey"]["haystack"]),
     shell:
         "python scripts/passkey.py --variant {wildcards.variant} --model {input.model}"
         " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
         " --threads {params.threads} --gpus {resources.gpu} --lengths {params.lengths}"
         " --depths {params.depths} --trials {params.trials} --digits {params.digits} --seed {params.seed}"
+        " --needles {params.needles} {params.haystack}"
         " --manifest {output.manifest} 2>&1 | tee {log}"

@@ -6,6 +6,8 @@ REPORTED_ROPES = sorted({"base", TRAINED_ROPE, *VARIANTS} - {"trained"})
 # Variants with weights of their own: of another run, or published.
 WITH_WEIGHTS = [*OTHER_RUNS, *PUBLISHED]
 
+HARNESS_VARIANTS = VARIANTS if config["evaluation"]["harness"]["tasks"] else []
+
 # What each earlier phase wrote, by the name of its job.
 EARLIER = {
     f"{name}{stage}": f"{RUN}/{name}{written}.json"
@@ -31,6 +33,7 @@ rule report:
         rope=[f"{rope_of_variant(name)}.json" for name in REPORTED_ROPES],
         perplexity=expand(f"{RUN}/perplexity/{{name}}.json", name=VARIANTS),
         passkey=expand(f"{RUN}/passkey/{{name}}.json", name=VARIANTS),
+        harness=expand(f"{RUN}/harness/{{name}}.json", name=HARNESS_VARIANTS),
         phases=list(EARLIER.values()),
         template="resources/report.html.jinja",
     output:
@@ -51,6 +54,7 @@ rule report:
         trained_rope=TRAINED_ROPE,
         perplexity=by_name("perplexity", VARIANTS),
         passkey=by_name("passkey", VARIANTS),
+        harness=by_name("harness", HARNESS_VARIANTS),
         phases=[f"{job}={written}" for job, written in EARLIER.items()],
         thresholds=as_json(config["verify"]),
         disclosure=config["model"]["disclosure"] or "",
@@ -60,7 +64,7 @@ rule report:
         " --tokens {input.tokens} --pack {input.pack} --train {input.train} --merge {input.merge}"
         " --models {params.models:q} --rope {params.rope:q} --trained-rope {params.trained_rope}"
         " --perplexity {params.perplexity:q} --passkey {params.passkey:q}"
-        " --phases {params.phases:q} --thresholds {params.thresholds}"
+        " --harness {params.harness:q} --phases {params.phases:q} --thresholds {params.thresholds}"
         " --disclosure={params.disclosure:q} --template {input.template}"
         " --benchmarks {params.benchmarks:q} --html {output.html} --json {output.json}"
         " --figures {output.figures} 2>&1 | tee {log}"

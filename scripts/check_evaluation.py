@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument(
         "--thresholds", type=json.loads, required=True, help="config section `verify`, as JSON"
     )
+    parser.add_argument("--needles", type=int, default=1, help="keys in a prompt")
+    parser.add_argument("--haystack", type=Path, help="text that hides them; default: the filler")
     arguments = parser.parse_args()
 
     base = manifest.read(arguments.base)["facts"]
@@ -42,9 +44,10 @@ def main() -> None:
     tokenizer = models.load_tokenizer(
         arguments.base.parent / base["directory"], base["trust_remote_code"]
     )
-    key = "9" * arguments.digits
+    haystack = passkey.read_haystack(tokenizer, arguments.haystack)
     for length in arguments.passkey_lengths:
-        passkey.prompt(tokenizer, key, length, 0.5)
+        (needles,) = passkey.draw_needles(1, arguments.digits, 0, arguments.needles, length, 0.5)
+        passkey.prompt(tokenizer, needles, length, 0.5, haystack)
 
 
 if __name__ == "__main__":

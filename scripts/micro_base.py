@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import passkey
-from longyarn import manifest
+from longyarn import manifest, prefixes
 from longyarn.cli import UserError, program
 from longyarn.documents import read_shards
 
@@ -449,14 +449,15 @@ def measure(model, tokenizer, held_out: np.ndarray) -> dict:
     perplexities = {
         str(length): round(perplexity(model, held_out, length), 2) for length in (WINDOW, 4096)
     }
-    retrieved: dict[str, dict] = {}
+    reader, retrieved = prefixes.Reader(model), {}
+    filler = passkey.read_haystack(tokenizer, None)
     for digits, length in itertools.product(PROBE_DIGITS, PROBE_LENGTHS):
         hits: list[bool] = []
         for depth in PROBE_DEPTHS:
             keys = passkey.draw_keys(PROBE_TRIALS, digits, PROBE_SEED, length, depth)
-            prompts = [passkey.prompt(tokenizer, key, length, depth) for key in keys]
+            prompts = [passkey.prompt(tokenizer, {"": key}, length, depth, filler) for key in keys]
             for batch in passkey.batches(prompts):
-                hits += passkey.retrieved(model, batch)
+                hits += passkey.retrieved(reader, batch)
         cell = {"successes": sum(hits), "trials": len(hits)}
         retrieved.setdefault(str(digits), {})[str(length)] = cell
     return {"held_out_perplexity": perplexities, "passkey": retrieved}

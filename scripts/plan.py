@@ -19,7 +19,7 @@ import yaml
 
 from longyarn import batches, estimate, requests, shapes
 from longyarn.cli import UserError, first_line, program
-from longyarn.config import check, complete, phases
+from longyarn.config import check, complete, instruments, phases
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_PROFILE = Path("profiles/slurm")
@@ -174,7 +174,7 @@ def hours(config: dict, shape: shapes.Shape) -> list[str]:
         took = requests.training_hours(phase, shape)
         paid = took * batches.processes(phase["training"]) if gpus else 0
         lines.append(f"  {f'{name}train':20}{flops:10.1e}{took:10.2f}{paid:12.1f}")
-    for instrument in ("perplexity", "passkey"):
+    for instrument in instruments(config["evaluation"]):
         flops = estimate.evaluation_flops(shape, config, instrument) * variants
         took = requests.evaluation_hours(config, shape, instrument) * variants
         paid = took * requests.evaluation_gpus(config, shape)
@@ -287,7 +287,8 @@ def shortened(config: dict, target: int) -> dict:
     changes = {"rope.target_length": target}
     if config["rope"]["factor"]:
         changes["rope.factor"] = None
-    for section in ("perplexity", "perplexity.truncate", "perplexity.sliding", "passkey"):
+    others = [f"perplexity.{protocol}" for protocol in ("truncate", "sliding")]
+    for section in (*instruments(config["evaluation"]), *others):
         lengths = (at(config, f"evaluation.{section}") or {}).get("lengths") or []
         if lengths and max(lengths) > target:
             kept = [length for length in lengths if length < target]

@@ -13,7 +13,7 @@ from pathlib import Path
 from longyarn import comparisons, figures, manifest, verdict
 from longyarn.cli import UserError, program
 
-INSTRUMENTS = ("perplexity", "passkey")
+INSTRUMENTS = ("perplexity", "passkey", "harness")
 STAGES = {
     "base": "download_model", "corpus": "download_corpus", "tokens": "tokenise", "pack": "pack",
     "train": "train", "merge": "merge",
@@ -155,6 +155,7 @@ def assemble(
                 variant: {length: verdict.pooled(depths) for length, depths in grid.items()}
                 for variant, grid in shown.passkey.items()
             },
+            "harness": {variant: found["tasks"] for variant, found in of["harness"].items()},
             "settings": settings(manifests),
             "chain": {"links": links, "broken": len(broken)},
             "code": code(manifests),
@@ -303,7 +304,7 @@ def source_of(job: str, name: str, trained_rope: str, jobs: list[str]) -> str:
     if name == "model":
         return "download_model" if untrained else "merge"
     own = phase and name in ("pack", "train")
-    return f"{phase}/{STAGES[name]}" if own else STAGES[name]
+    return f"{phase}/{STAGES[name]}" if own else STAGES.get(name, name)
 
 
 def disagreements(manifests: dict[str, dict]) -> list[str]:

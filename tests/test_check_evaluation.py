@@ -41,6 +41,8 @@ def test_a_possible_evaluation_passes(finished):
             },
             "verify.retention_ratio needs evaluation.perplexity.lengths to have the model's original",
         ),
+        ({"passkey_lengths": [256], "needles": 10}, "has 256, too short for 10 keys"),
+        ({"haystack": "no/such.txt"}, "evaluation.passkey.haystack no/such.txt cannot be read"),
     ],
 )
 def test_an_impossible_one_is_refused(finished, changes, words):

@@ -184,6 +184,11 @@ MISTAKES = [
         {"evaluation.passkey.lengths": [8192]},
         "evaluation.passkey.lengths has 8192, beyond rope.tar",
     ),
+    (
+        {"evaluation.harness.tasks": ["ruler_vt"], "evaluation.harness.lengths": [8192]},
+        "evaluation.harness.lengths has 8192, beyond rope.target_length 4096",
+    ),
+    ({"evaluation.passkey.haystack": "no/such.txt"}, "haystack no/such.txt is no file; mend the"),
     ({"evaluation.perplexity.lengths": [8192]}, "evaluation.perplexity.lengths has 8192, beyond"),
     (
         {"evaluation.perplexity.sliding": {"lengths": [4096, 256]}},

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import micro_base
 import passkey
+from longyarn import prefixes
 from longyarn.tokens import held_out_documents
 from longyarn.windows import window_losses
 
@@ -53,13 +54,14 @@ def test_it_was_trained_without_the_held_out_books():
 
 
 def test_it_retrieves_within_its_window(model, tokenizer):
-    found = []
+    reader, found = prefixes.Reader(model), []
+    filler = passkey.read_haystack(tokenizer, None)
     for length in (128, 256, 512):
         for depth in (0.1, 0.5, 0.9):
             keys = passkey.draw_keys(8, 5, 1, length, depth)
-            prompts = [passkey.prompt(tokenizer, key, length, depth) for key in keys]
+            prompts = [passkey.prompt(tokenizer, {"": key}, length, depth, filler) for key in keys]
             for batch in passkey.batches(prompts):
-                found += passkey.retrieved(model, batch)
+                found += passkey.retrieved(reader, batch)
     assert sum(found) >= 0.95 * len(found)
 
 

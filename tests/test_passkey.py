@@ -6,7 +6,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import passkey
-from longyarn import manifest, statistics
+from longyarn import manifest, prefixes, statistics
 from longyarn.cli import UserError
 
 BASE = ROOT / "resources" / "micro-base"
@@ -17,10 +17,15 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(BASE)
 
 
+@pytest.fixture(scope="module")
+def filler(tokenizer):
+    return passkey.read_haystack(tokenizer, None)
+
+
 @pytest.mark.parametrize("length", [256, 512, 2048])
 @pytest.mark.parametrize("depth", [0, 0.1, 0.5, 1])
-def test_prompt_fills_the_length_and_hides_the_key_at_its_depth(tokenizer, length, depth):
-    tokens, answer = passkey.prompt(tokenizer, "40917", length, depth)
+def test_prompt_fills_the_length_and_hides_the_key_at_its_depth(tokenizer, filler, length, depth):
+    tokens, answer = passkey.prompt(tokenizer, {"": "40917"}, length, depth, filler)
     line = len(tokenizer(passkey.FILLER, add_special_tokens=False)["input_ids"])
     assert length - line < len(tokens) <= length
     text = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -28,6 +33,73 @@ def test_prompt_fills_the_length_and_hides_the_key_at_its_depth(tokenizer, lengt
     assert tokenizer.decode(tokens[-answer:]).strip() == "40917"
     before = text.split("The pass key is 40917. Remember it.")[0].count("The grass is green.")
     assert before == round(depth * text.count("The grass is green."))
+
+
+TEXT = (
+    'On Monday he rose. "Who is there?" she asked.\nNobody was. Then the rain began, and it did not end.\n'
+    "\nIn spring they left. 他们走了。没有人回来。The house stood empty"
+)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "text.txt"
+
+
+def test_a_text_is_cut_at_lines_and_sentences(tokenizer, text_file):
+    lines = [tokenizer.decode(line) for line in passkey.read_haystack(tokenizer, text_file)]
+    assert "".join(lines) == TEXT
+    assert lines[:3] == ["On Monday he rose. ", '"Who is there?" ', "she asked.\n"]
+    assert lines[-3:] == ["他们走了。", "没有人回来。", "The house stood empty"]
+
+
+@pytest.mark.parametrize("length", [192, 1024])
+@pytest.mark.parametrize("depth", [0, 0.3, 1])
+def test_a_text_hides_the_key_and_begins_again(tokenizer, text_file, length, depth):
+    haystack = passkey.read_haystack(tokenizer, text_file)
+    tokens, _ = passkey.prompt(tokenizer, {"": "40917"}, length, depth, haystack)
+    assert length - max(map(len, haystack)) < len(tokens) <= length
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    line = passkey.KEY_LINE.format(key="40917")
+    before, after = text.removeprefix(passkey.PREFIX).split(line)
+    hidden = before + after.removesuffix("What is the pass key? The pass key is 40917")
+    assert (TEXT * 20).startswith(hidden)
+    assert (before == "") == (depth == 0)
+    assert (TEXT * 2 in hidden) == (length == 1024)
+
+
+def test_several_needles_have_names_and_one_is_asked_for(tokenizer, filler):
+    (needles,) = passkey.draw_needles(1, 5, 0, 4, 1024, 0.5)
+    asked, key = next(iter(needles.items()))
+    assert [key] == passkey.draw_keys(1, 5, 0, 1024, 0.5), "whatever the number of others"
+    assert len(needles) == len(set(needles.values())) == 4
+    tokens, answer = passkey.prompt(tokenizer, needles, 1024, 0.5, filler)
+    assert 1024 - len(filler[0]) < len(tokens) <= 1024
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert text.endswith(f"What is the pass key of {asked}? The pass key of {asked} is {key}")
+    assert tokenizer.decode(tokens[-answer:]).strip() == key
+    places = {}
+    for name, hidden in needles.items():
+        (before, _) = text.split(passkey.NAMED_LINE.format(name=name, key=hidden))
+        places[name] = before.count("The grass is green.") / text.count("The grass is green.")
+    assert places.pop(asked) == pytest.approx(0.5, abs=0.03)
+    assert list(places.values()) == pytest.approx([1 / 6, 3 / 6, 5 / 6], abs=0.03)
+
+
+def test_all_needles_must_fit(tokenizer, filler):
+    (needles,) = passkey.draw_needles(1, 5, 0, 10, 256, 0.5)
+    with pytest.raises(UserError, match="has 256, too short for 10 keys, the question and a line"):
+        passkey.prompt(tokenizer, needles, 256, 0.5, filler)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00 no text", b" \n\n"])
+def test_a_haystack_that_is_no_text_is_refused(tokenizer, tmp_path, content):
+    (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"evaluation\.passkey\.haystack .*text\.txt (cannot be|is em)"
+    ):
+        passkey.read_haystack(tokenizer, tmp_path / "text.txt")
 
 
 def test_keys_depend_on_the_cell_and_the_seed_alone():
@@ -39,18 +111,22 @@ def test_keys_depend_on_the_cell_and_the_seed_alone():
     assert all(len(key) == 5 and key[0] != "0" for key in first)
 
 
-def test_success_is_what_generate_gives(tokenizer):
+@pytest.mark.parametrize("needles", [1, 2])
+def test_success_is_what_generate_gives(tokenizer, filler, needles):
     """Greedy decoding, token by token, against one teacher-forced pass; both outcomes occur."""
     model = AutoModelForCausalLM.from_pretrained(BASE).eval()
-    prompts = [
-        passkey.prompt(tokenizer, key, length, depth)
-        for length in (128, 256, 512, 1536)
-        for depth in (0.1, 0.9)
-        for key in passkey.draw_keys(3, 5, 7, length, depth)
-    ]
+    reader = prefixes.Reader(model)
+    cells = [(length, depth) for length in (160, 256, 512, 1536) for depth in (0.1, 0.9)]
+    prompts = {
+        cell: [
+            passkey.prompt(tokenizer, hidden, *cell, filler)
+            for hidden in passkey.draw_needles(3, 5, 7, needles, *cell)
+        ]
+        for cell in cells
+    }
     ours, theirs = [], []
-    for batch in passkey.batches(prompts):
-        ours += passkey.retrieved(model, batch)
+    for _, batch in passkey.in_order(prompts):
+        ours += passkey.retrieved(reader, batch)
         for tokens, answer in batch:
             asked = torch.tensor([tokens[:-answer]])
             with torch.no_grad():
@@ -59,20 +135,21 @@ def test_success_is_what_generate_gives(tokenizer):
                     min_new_tokens=answer, pad_token_id=0,
                 )  # fmt: skip
             theirs.append(written[0, -answer:].tolist() == tokens[-answer:])
+    assert len(ours) == 3 * len(cells)
     assert ours == theirs
-    assert 0 < sum(ours) < len(ours)
+    assert 0 < sum(ours) < len(ours) or needles > 1  # the micro base was not taught several
 
 
 def test_batches_group_equal_lengths_and_bound_memory(monkeypatch):
-    monkeypatch.setattr(passkey, "TOKENS_AT_ONCE", 25)
+    monkeypatch.setattr(passkey, "TOKENS_AT_ONCE", 35)
     prompts = [([0] * 10, 6), ([0] * 12, 6), ([1] * 10, 6), ([2] * 10, 6)]
     groups = passkey.batches(prompts)
     assert [[len(item[0]) for item in group] for group in groups] == [[10, 10], [10], [12]]
 
 
-def test_too_short_a_length_is_refused(tokenizer):
+def test_too_short_a_length_is_refused(tokenizer, filler):
     with pytest.raises(UserError, match=r"evaluation\.passkey\.lengths has 40"):
-        passkey.prompt(tokenizer, "12345", 40, 0.5)
+        passkey.prompt(tokenizer, {"": "12345"}, 40, 0.5, filler)
 
 
 def test_wilson_interval():

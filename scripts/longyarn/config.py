@@ -201,6 +201,11 @@ def _purpose(schema: dict) -> str:
     return schema.get("description", "").rstrip(".")
 
 
+def instruments(evaluation: dict) -> list[str]:
+    """Return the instruments that a run looks at each variant with, from the section `evaluation`."""
+    return ["perplexity", "passkey"] + ["harness"] * bool(evaluation["harness"]["tasks"])
+
+
 def check(config: dict) -> None:
     """Refuse what contradicts itself across keys; what needs the model is checked by its stage."""
     model = config["model"]
@@ -211,7 +216,7 @@ def check(config: dict) -> None:
             "run has"
         )
     target = config["rope"]["target_length"]
-    for instrument in ("perplexity", "passkey"):
+    for instrument in instruments(config["evaluation"]):
         for length in config["evaluation"][instrument]["lengths"]:
             if length > target:
                 raise UserError(
@@ -219,6 +224,9 @@ def check(config: dict) -> None:
                     "lower it or raise the target"
                 )
     check_perplexity(config["evaluation"]["perplexity"])
+    haystack = config["evaluation"]["passkey"]["haystack"]
+    if haystack and not Path(haystack).is_file():
+        raise UserError(f"evaluation.passkey.haystack {haystack} is no file; mend the path")
     corpus = config["corpus"]
     if not corpus["held_out"] and not corpus["held_out_documents"]:
         raise UserError(

@@ -14,7 +14,10 @@ import yaml
 
 from longyarn.cli import UserError
 
-LOCKS = {"cpu": ("cpu", "build", "run"), "cuda": ("cuda", "build", "run", "flash")}
+LOCKS = {
+    "cpu": ("cpu", "build", "run", "harness"),
+    "cuda": ("cuda", "build", "run", "harness", "flash"),
+}
 
 # Never from the host: its modules are not the image's.
 PYTHON = {"PYTHONNOUSERSITE": "1", "PYTHONPATH": "", "PYTHONHOME": ""}

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from longyarn import batches
+from longyarn.config import instruments
 from longyarn.shapes import Shape
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a number
@@ -18,8 +19,9 @@ GIB = 2**30
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 CUDA_CONTEXT = 1 * GIB  # CUDA, cuBLAS and NCCL themselves: an allowance, not measured by us
-EVALUATED_AT_ONCE = 16384  # tokens of prompts in a forward pass of scripts/passkey.py
+EVALUATED_AT_ONCE = 16384  # tokens of prompts that scripts/passkey.py reads together
 LOGITS_AT_ONCE = 1024  # positions of logits that scripts/longyarn/windows.py holds
+RULER_EXAMPLES = 500  # of each task and length, in lm_eval
 TEXT_PER_TOKEN = 5  # bytes of text, about; English has 4 to 5
 
 
@@ -182,11 +184,13 @@ def evaluation_memory(shape: Shape, evaluation: dict, on_gpu: bool) -> tuple[flo
     """Return bytes of the weights and of all else of an evaluation job; no gradients are kept."""
     width = WIDTH[evaluation["precision"]]
     longest = max(
-        length for name in ("perplexity", "passkey") for length in evaluation[name]["lengths"]
+        length for name in instruments(evaluation) for length in evaluation[name]["lengths"]
     )
     tokens = max(longest, EVALUATED_AT_ONCE)
     work = tokens * width * (3 * shape.intermediate_size + 4 * shape.hidden_size)
     work += tokens * 4 * shape.hidden_size
+    # Of the passkey's prompts, keys and values are kept.
+    work += tokens * width * 2 * shape.key_value_size * shape.num_hidden_layers
     work += LOGITS_AT_ONCE * shape.vocab_size * (width + 8)
     if evaluation["attention"] == "eager":
         work += 2 * 4 * shape.num_attention_heads * longest * tokens
@@ -227,6 +231,9 @@ def evaluation_flops(shape: Shape, config: dict, instrument: str) -> float:
     settings = config["evaluation"][instrument]
     if instrument == "perplexity":
         read = perplexity_tokens(config)
+    elif instrument == "harness":  # as if all were RULER's, the longest there are
+        examples = len(settings["tasks"]) * (settings["limit"] or RULER_EXAMPLES)
+        read = [(length, length * examples) for length in settings["lengths"]]
     else:
         trials = settings["trials"] * len(settings["depths"])
         read = [(length, length * trials) for length in settings["lengths"]]

@@ -287,6 +287,19 @@ def corpus(run: Run) -> str:
     return ", ".join(told)
 
 
+def lm_eval(run: Run) -> str:
+    """lm_eval is installed and has the tasks asked for; the images have it."""
+    if not run.has("harness"):
+        raise NotChecked("no task of lm_eval is to come")
+    if any(job.container_img_path for job in run.jobs if job.rule.name == "harness"):
+        raise NotChecked("the tasks run in the image")
+    import harness
+
+    tasks = run.config["evaluation"]["harness"]["tasks"]
+    harness.check_tasks(tasks)
+    return ", ".join(tasks)
+
+
 def slurm(run: Run) -> str:
     """SLURM takes each request: `sbatch --test-only` checks it and submits nothing."""
     nodes = run.config["training"]["nodes"]
@@ -454,7 +467,7 @@ def minutes_of(limit: str) -> float:
 
 
 # What may run beside a run that trains, when one of its checkpoints is looked at.
-AFTER_CHECKPOINT = ("merge", "perplexity", "passkey")
+AFTER_CHECKPOINT = ("merge", "perplexity", "passkey", "harness")
 
 
 def command(run: Run) -> str:
@@ -481,6 +494,7 @@ CHECKS: tuple[Callable[[Run], str], ...] = (
     disk,
     hub,
     corpus,
+    lm_eval,
     slurm,
     walltime,
 )

@@ -33,6 +33,7 @@ CPU_RATE = 5.1e10
 # Where the model's shape or the number of tokens is unknown: 13B with LoRA, and a day.
 UNKNOWN = {"mem_mb": 64_000, "runtime": 24 * 60}
 GPUS_OF_A_MACHINE = 8
+INSTRUMENTS = ("perplexity", "passkey", "harness")
 
 
 def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
@@ -142,7 +143,7 @@ def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
     if stage == "merge":
         # A tensor that was trained whole, read in 32 bits, is the most; the embedding is the largest.
         return PROCESS + 300 * MIB + 2 * 4 * shape.vocab_size * shape.hidden_size
-    if stage in ("perplexity", "passkey"):
+    if stage in INSTRUMENTS:
         evaluation, on_gpu = config["evaluation"], training["gpus"] > 0
         weights, work = estimate.evaluation_memory(shape, evaluation, on_gpu)
         if on_gpu:  # the weights pass through host memory
@@ -187,7 +188,7 @@ def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
         return 5 * moved
     if stage == "merge":
         return 3 * moved
-    if stage in ("perplexity", "passkey"):
+    if stage in INSTRUMENTS:
         return moved + 1.5 * evaluation_hours(config, shape, stage) * 60
     hours = training_hours(config, shape)
     return None if hours is None else 2 * moved + 1.25 * hours * 60

@@ -1,0 +1,94 @@
+"""Seconds of the default's passkey grid, read with shared prefixes, against ``generate`` for each trial.
+
+Both have the same model, prompts and threads, and must find the same keys. Loading and tokenising are
+not timed. The model is the base with YaRN to the default's target, untrained.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "results" / "micro"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import passkey  # noqa: E402
+from longyarn import cli, models, prefixes  # noqa: E402
+
+ROUNDS = 3
+
+
+def grid() -> dict[tuple, list[tuple[list[int], int]]]:
+    """Return the default's prompts by cell."""
+    settings = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    settings = settings["evaluation"]["passkey"]
+    tokenizer = models.load_tokenizer(RUN / "base", False)
+    filler = passkey.read_haystack(tokenizer, None)
+    how = (settings["trials"], settings["digits"], settings["seed"], settings["needles"])
+    return {
+        (length, depth): [
+            passkey.prompt(tokenizer, needles, length, depth, filler)
+            for needles in passkey.draw_needles(*how, length, depth)
+        ]
+        for length in settings["lengths"]
+        for depth in settings["depths"]
+    }
+
+
+def ours(model, prompts: dict) -> dict[tuple, int]:
+    """Return the keys found in each cell, as the stage finds them."""
+    reader = prefixes.Reader(model)
+    found = dict.fromkeys(prompts, 0)
+    for cell, batch in passkey.in_order(prompts):
+        found[cell] += sum(passkey.retrieved(reader, batch))
+    return found
+
+
+def generated(model, prompts: dict) -> dict[tuple, int]:
+    """Return the keys found in each cell, each trial decoded by ``generate``."""
+    import torch
+
+    found = dict.fromkeys(prompts, 0)
+    for cell, trials in prompts.items():
+        for tokens, answer in trials:
+            asked = torch.tensor([tokens[:-answer]])
+            written = model.generate(
+                asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=answer,
+                min_new_tokens=answer, pad_token_id=0,
+            )  # fmt: skip
+            found[cell] += written[0, -answer:].tolist() == tokens[-answer:]
+    return found
+
+
+def timed(function, model, prompts: dict) -> tuple[float, dict]:
+    """Return the seconds that a function takes, and what it found."""
+    began = time.perf_counter()
+    found = function(model, prompts)
+    return time.perf_counter() - began, found
+
+
+def measure() -> dict:
+    """Return the median seconds of both and of their ratio, measured in turn."""
+    cli.set_up_torch(1)
+    model = models.load_model(
+        RUN / "base", RUN / "rope" / "yarn.json", dtype="fp32", attention="sdpa"
+    ).eval()
+    prompts, pairs = grid(), []
+    for _ in range(ROUNDS):
+        (seconds, found), (other, expected) = (timed(f, model, prompts) for f in (ours, generated))
+        if found != expected:
+            sys.exit(f"error: the stage finds {found}, and generate {expected}")
+        pairs.append((seconds, other))
+    return {
+        "ours": statistics.median(a for a, _ in pairs),
+        "other": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(a / b for a, b in pairs),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))

@@ -1,0 +1,39 @@
+"""Tasks of lm_eval on one variant. In: its weights and RoPE. Out: each task's metrics.
+
+Not part of a run unless evaluation.harness.tasks names some.
+"""
+
+
+rule harness:
+    input:
+        unpack(variant_inputs),
+    output:
+        manifest=f"{RUN}/harness/{{variant}}.json",
+    log:
+        f"{RUN}/logs/harness.{{variant}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/harness.{{variant}}.tsv"
+    threads: config["evaluation"]["threads"]
+    resources:
+        **GPU_TYPE,
+        mem_mb=request("harness", "mem_mb"),
+        runtime=request("harness", "runtime"),
+        gpu=request("harness", "gpu"),
+        nodes=1,  # SLURM could spread several GPUs over machines
+    params:
+        code=code("harness"),
+        precision=config["evaluation"]["precision"],
+        attention=config["evaluation"]["attention"],
+        threads=config["evaluation"]["threads"],
+        tasks=config["evaluation"]["harness"]["tasks"],
+        lengths=config["evaluation"]["harness"]["lengths"],
+        limit=unless_null("--limit", config["evaluation"]["harness"]["limit"]),
+        num_fewshot=unless_null(
+            "--num-fewshot", config["evaluation"]["harness"]["num_fewshot"]
+        ),
+    shell:
+        "python scripts/harness.py --variant {wildcards.variant} --model {input.model}"
+        " --rope {input.rope} --precision {params.precision} --attention {params.attention}"
+        " --threads {params.threads} --gpus {resources.gpu} --tasks {params.tasks:q}"
+        " --lengths {params.lengths} {params.limit} {params.num_fewshot}"
+        " --manifest {output.manifest} 2>&1 | tee {log}"
