@@ -180,6 +180,7 @@ def by_position(report: dict) -> Figure | None:
     ]
     perplexity_axis(axes, curves)
     axes.set_xlim(0, parts[-1])
+    axes.xaxis.set_major_locator(FixedLocator([parts[-1] * part / 4 for part in range(5)]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("position in the window, tokens")
     axes.grid(axis="x", visible=False)
