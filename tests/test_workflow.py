@@ -26,6 +26,10 @@ CHANGES = {
         {"perplexity": 3} | REPORT,
     ),
     "passkey trials": ({"evaluation": {"passkey": {"trials": 3}}}, {"passkey": 3} | REPORT),
+    "tasks of lm_eval": (
+        {"evaluation": {"harness": {"tasks": ["ruler_vt"], "lengths": [1024]}}},
+        {"harness": 3} | REPORT,
+    ),
     "learning rate": ({"training": {"learning_rate": 2.0e-3}}, FROM_TRAIN),
     "long share": ({"mix": {"long_share": 0.5}}, FROM_PACK),
     "corpus seed": ({"mix": {"seed": 1}}, FROM_PACK),
