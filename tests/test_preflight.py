@@ -194,7 +194,9 @@ def test_a_task_that_lm_eval_does_not_have():
     pytest.importorskip("lm_eval", reason="needs `make setup-harness`")
     run = a_run(config=config_of(evaluation={"harness": {"tasks": ["helaswag"]}}))
     run.jobs[0].rule.name = "harness"
-    with pytest.raises(UserError, match=r"evaluation\.harness\.tasks has 'helaswag', which lm_eval"):
+    with pytest.raises(
+        UserError, match=r"evaluation\.harness\.tasks has 'helaswag', which lm_eval"
+    ):
         preflight.lm_eval(run)
     run.jobs[0].container_img_path = "image.sif"
     with pytest.raises(preflight.NotChecked, match="the tasks run in the image"):
