@@ -105,12 +105,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
 
     directory = evaluation.model_directory(arguments)
     remote_code = manifest.read_facts(arguments.model)["trust_remote_code"]
-    lm = HFLM(
-        pretrained=evaluation.load(arguments),
-        tokenizer=models.load_tokenizer(directory, remote_code),
-        max_length=max(arguments.lengths)
-        + ROOM,  # else the base would see its last 512 tokens, say
-    )
+    tokenizer = models.load_tokenizer(directory, remote_code)
+    # Without a length, lm_eval would keep the end of a prompt that is longer than the base's context.
+    longest = max(arguments.lengths) + ROOM
+    lm = HFLM(pretrained=evaluation.load(arguments), tokenizer=tokenizer, max_length=longest)
     others = [task for task in arguments.tasks if not is_of_ruler(task)]
     ruler = [task for task in arguments.tasks if is_of_ruler(task)]
     found = results(lm, others, arguments) if others else {}

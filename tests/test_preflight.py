@@ -190,6 +190,27 @@ def test_gpus_in_the_image_for_the_cpu(tmp_path):
         preflight.image(a_run(jobs=[job]))
 
 
+def test_a_task_that_lm_eval_does_not_have():
+    pytest.importorskip("lm_eval", reason="needs `make setup-harness`")
+    run = a_run(config=config_of(evaluation={"harness": {"tasks": ["helaswag"]}}))
+    run.jobs[0].rule.name = "harness"
+    with pytest.raises(
+        UserError, match=r"evaluation\.harness\.tasks has 'helaswag', which lm_eval"
+    ):
+        preflight.lm_eval(run)
+    run.jobs[0].container_img_path = "image.sif"
+    with pytest.raises(preflight.NotChecked, match="the tasks run in the image"):
+        preflight.lm_eval(run)
+
+
+def test_lm_eval_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    run = a_run(config=config_of(evaluation={"harness": {"tasks": ["hellaswag"]}}))
+    run.jobs[0].rule.name = "harness"
+    with pytest.raises(UserError, match="which is not installed; run `make setup-harness`"):
+        preflight.lm_eval(run)
+
+
 def test_no_cores():
     with pytest.raises(UserError, match="--cores is 0"):
         preflight.command(a_run(cores=0))

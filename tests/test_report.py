@@ -54,6 +54,15 @@ def figures_of(values: dict):
     return np.asarray(list(values.values()), dtype=float)
 
 
+TASKS = {
+    "ruler_vt": {
+        "version": 1.0,
+        "num_fewshot": 0,
+        "metrics": {"2048": {"value": 0.5, "stderr": 0.25, "examples": 8}},
+    }
+}
+
+
 def grid(successes: dict[int, int], trials: int = 30) -> dict:
     """Return a passkey grid with the same successes of ``trials`` at every depth."""
     cells = {}
@@ -293,6 +302,7 @@ class Run:
                 f"passkey/{variant}", "passkey", {"grid": grid(FOUND[kind])},
                 {"variant": variant, "digits": 5, "trials": 30}, inputs,
             )  # fmt: skip
+            self.write(f"harness/{variant}", "harness", {"tasks": TASKS}, {"limit": 8}, inputs)
         (root / "benchmarks").mkdir()
         (root / "benchmarks" / "train.tsv").write_text("s\tmax_rss\n12.5\t300.25\n")
         (root / "benchmarks" / "merge.tsv").write_text("s\tmax_rss\n0.3\tNA\n")
@@ -312,7 +322,7 @@ class Run:
         for name in ("base", "corpus", "tokens", "pack", "train", "merge"):
             command += [f"--{name}", self.root / f"{name}.json"]
         command += ["--rope", *(f"{n}={self.root}/rope/{n}.json" for n in ("base", "yarn"))]
-        for stage in ("perplexity", "passkey"):
+        for stage in ("perplexity", "passkey", "harness"):
             command += [f"--{stage}", *(f"{v}={self.root}/{stage}/{v}.json" for v in self.variants)]
         command += ["--trained-rope", "yarn", "--benchmarks", self.root / "benchmarks"]
         command += [
@@ -345,6 +355,7 @@ def test_the_json_holds_what_was_promised(made):
             assert point["low"] <= point["value"] <= point["high"]
     for protocol in ("truncate", "by_position", "sliding"):
         assert report[f"perplexity_{protocol}"] == report["perplexity"]
+    assert report["harness"] == dict.fromkeys(("base", "yarn", "trained"), TASKS)
     cell = report["passkey"]["trained"]["4096"]["0.5"]
     assert set(cell) == {"successes", "trials", "low", "high"} and cell["successes"] == 30
     assert report["passkey_by_length"]["base"]["4096"]["trials"] == 90
@@ -355,7 +366,7 @@ def test_the_json_holds_what_was_promised(made):
     assert mix["long_tokens"] + sum(mix["short_tokens"].values()) == mix["tokens_packed"]
     assert report["rope"]["factor"] == 8 and report["rope"]["target_length"] == 4096
     assert report["verdict"]["headline"] == "All 5 checks pass" and report["warnings"] == []
-    assert report["chain"] == {"links": 25, "broken": 0}
+    assert report["chain"] == {"links": 31, "broken": 0}
     assert report["timings"]["train"] == {"seconds": 12.5, "peak_memory_mb": 300.25}
     assert report["timings"]["merge"] == {"seconds": 0.3, "peak_memory_mb": None}
     assert [document["scored"] for document in report["held_out"]] == [1000] * 6
@@ -371,6 +382,7 @@ def test_every_key_is_documented(made):
     keys |= set(report["comparisons"][0]) | set(report["comparisons"][0]["perplexity"])
     keys |= set(report["verdict"]["checks"][0]) | set(report["held_out"][0])
     keys |= set(report["rope"]["variants"]["yarn"]) | set(report["timings"]["train"])
+    keys |= set(report["harness"]["base"]["ruler_vt"])
     keys |= set(report["mix"]["collections"]["x"]) | set(report["mix"]["piece_lengths"][0])
     assert sorted(key for key in keys if f"`{key}`" not in text) == []
     assert [name for name in verdict.CHECKS if f"`{name}`" not in text] == []
@@ -419,6 +431,7 @@ def test_the_page_stands_by_itself(made):
     targets = {target[1:] for _, target in page.references if target.startswith("#")}
     targets |= set(re.findall(r"url\(#([^)]+)\)", text))
     assert targets <= set(page.ids)
+    assert '<th>ruler_vt</th><td>2048</td><td class="n">0.5000 <span' in text
     assert "Bred on &lt;keys&gt;." in text, "the disclosure is shown, escaped"
     used = set(re.findall(r"var\(--([\w-]+)\)", text))
     assert used <= set(re.findall(r"--([\w-]+):", text)), "a colour is used but not defined"

@@ -30,6 +30,10 @@ CHANGES = {
         {"perplexity": 3} | REPORT,
     ),
     "passkey trials": ({"evaluation": {"passkey": {"trials": 3}}}, {"passkey": 3} | REPORT),
+    "tasks of lm_eval": (
+        {"evaluation": {"harness": {"tasks": ["ruler_vt"], "lengths": [1024]}}},
+        {"harness": 3} | REPORT,
+    ),
     "learning rate": ({"training": {"learning_rate": 2.0e-3}}, FROM_TRAIN),
     "a threshold": ({"verify": {"merge_error": 0.9}}, REPORT),
     "long share": ({"mix": {"long_share": 0.5}}, FROM_PACK),
