@@ -33,7 +33,7 @@ rule harness:
         ),
     shell:
         "python scripts/harness.py --variant {wildcards.variant} --model {input.model}"
-        " --rope {input.rope} --precision {params.precision} --attention {params.attention}"
+        " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
         " --threads {params.threads} --gpus {resources.gpu} --tasks {params.tasks:q}"
         " --lengths {params.lengths} {params.limit} {params.num_fewshot}"
         " --manifest {output.manifest} 2>&1 | tee {log}"
