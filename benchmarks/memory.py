@@ -136,6 +136,15 @@ def stage(name: str, work: Path, output: str, *arguments) -> None:
     run([sys.executable, script, *where, *arguments])
 
 
+# What Linux counts for a process begins with what its parent held when it was made: so a small one between.
+LAUNCH = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, flush=True)
+sys.exit(status)
+"""
+
+
 def run(command: list, see=lambda line: None) -> int:
     """Run a command, show ``see`` its lines, return the peak resident bytes of its largest process.
 
@@ -144,7 +153,7 @@ def run(command: list, see=lambda line: None) -> int:
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     process = subprocess.Popen(
-        [str(part) for part in command],
+        [sys.executable, "-c", LAUNCH, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -154,11 +163,9 @@ def run(command: list, see=lambda line: None) -> int:
     for line in process.stdout:
         lines.append(line)
         see(line)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if process.wait():
         raise RuntimeError(f"{command[1]} failed\n{''.join(lines[-40:])}")
-    return usage.ru_maxrss * 1024
+    return int(lines[-1].removeprefix("peak "))
 
 
 def main() -> None:
