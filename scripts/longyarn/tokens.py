@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from longyarn import manifest, storage
+from longyarn.cli import UserError
 
 INDEX = "index.safetensors"
 TRAINING, HELD_OUT, DUPLICATE = 0, 1, 2  # what a document is for
@@ -29,7 +30,12 @@ class Tokens:
         root = Path(manifest_path).parent
         files = [root / name for name in sorted(record["files"])]
         self.shards = [file for file in files if file.name != INDEX]
-        index = storage.read(next(file for file in files if file.name == INDEX))
+        index_files = [file for file in files if file.name == INDEX]
+        if not index_files:
+            raise UserError(
+                f"{manifest_path} lists no {INDEX}, so an earlier version wrote it; delete it and run again"
+            )
+        index = storage.read(index_files[0])
         self.lengths = np.asarray(index["lengths"])
         self.roles = np.asarray(index["roles"])
         self.collections = np.asarray(index["collections"])
