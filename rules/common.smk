@@ -48,6 +48,7 @@ if IN_APPTAINER:
 # cell's likewise, the run itself first; there are no cells beside phases.
 PHASES = phases(config)
 CELLS = sweep.cells(config)
+PLACES = sweep.places(config)  # the changes of each cell, and of what cells share
 PART = f"phase-[0-9]+/|{sweep.DIRECTORY}/[^/]+/"
 
 
@@ -121,12 +122,15 @@ def phase_name(wildcards):
 
 def phase_of(wildcards):
     """Return the configuration of a job's phase or cell."""
-    return (PHASES | CELLS)[phase_name(wildcards)]
+    name = phase_name(wildcards)
+    return PHASES[name] if name in PHASES else sweep.changed(config, PLACES[name])
 
 
 def owner(name, stage):
     """Return the directory where a stage of a phase or cell lies: cells share what is the same."""
-    return sweep.owner(CELLS, name, stage) if name in CELLS else name
+    return (
+        sweep.directory(sweep.shared(PLACES[name], stage)) if name in PLACES else name
+    )
 
 
 def before(wildcards):

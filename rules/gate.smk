@@ -15,6 +15,7 @@ rule gate:
         f"{RUN}/logs/gate.log",
     benchmark:
         f"{RUN}/benchmarks/gate.tsv"
+    retries: 0  # it would find the same again
     resources:
         mem_mb=request("gate", "mem_mb"),
         runtime=request("gate", "runtime"),

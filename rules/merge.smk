@@ -26,6 +26,6 @@ rule merge:
         work=config["paths"]["work"],
     shell:
         "python scripts/merge.py --base {input.base} --rope {input.rope} --train {input.train}"
-        " {params.dtype} --threads {params.threads} --work {params.work}"
+        " {params.dtype} --threads {params.threads} --work {params.work:q}"
         " --manifest {output.manifest} --output {output.payload}"
         " 2>&1 | tee {log}"

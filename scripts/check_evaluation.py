@@ -34,10 +34,14 @@ def main() -> None:
     base = manifest.read(arguments.base)["facts"]
     tokens = manifest.read_facts(arguments.tokens)
     held_out = {document["id"]: document["tokens"] for document in tokens["held_out"]}
+    rope = manifest.read_facts(arguments.rope)
     thresholds.check_lengths(
         arguments.thresholds,
         {"perplexity": arguments.perplexity_lengths, "passkey": arguments.passkey_lengths},
-        {"original": manifest.read_facts(arguments.rope)["original_max_position_embeddings"]},
+        {
+            "original": rope["original_max_position_embeddings"],
+            "target": rope["max_position_embeddings"],
+        },
     )
     longest = max(arguments.perplexity_lengths)
     perplexity.whole_windows(held_out, longest, arguments.tokens_per_document)

@@ -29,15 +29,15 @@ def main() -> None:
     thresholds = arguments.thresholds
 
     verdict = manifest.read_json(arguments.report)["verdict"]
-    error = manifest.read_facts(arguments.merge)["merge_error"]
-    compared = compare(thresholds, verdict, error)
+    merged = manifest.read_facts(arguments.merge)
+    compared = compare(thresholds, verdict, merged["merge_error"], merged["merge_error_tensor"])
     missed = [one for one in compared if not one["passed"]]
     if missed:
         said = "; and ".join(f"{one['sentence']} (verify.{one['threshold']})" for one in missed)
         manifest.write_text(arguments.mark, f"{said}.\n")
         raise UserError(
             f"this run is not verified, because {said}; {arguments.mark} marks it, and its files are "
-            "kept: train longer, or on more, or lower the threshold"
+            "kept, with the report; train longer or on more, or loosen the threshold"
         )
     arguments.mark.unlink(missing_ok=True)
     manifest.write(
@@ -51,11 +51,11 @@ def main() -> None:
     print(in_words(compared), file=sys.stderr)
 
 
-def compare(thresholds: dict, verdict: dict, error: float) -> list[dict]:
+def compare(thresholds: dict, verdict: dict, error: float, tensor: str | None) -> list[dict]:
     """Return for each threshold asked ``threshold``, ``passed``, ``decided`` and a ``sentence``.
 
-    ``verdict`` is that of report.json, ``error`` what the merge lost. A check that means nothing,
-    because RoPE was not extended, is left out; one that could not be made is missed.
+    ``verdict`` is that of report.json, ``error`` what the merge lost, in ``tensor``. A check that means
+    nothing, because RoPE was not extended, is left out; one that could not be made is missed.
     """
     asked = {key: limit for key, limit in thresholds.items() if limit is not None}
     outcomes = {
@@ -70,8 +70,8 @@ def compare(thresholds: dict, verdict: dict, error: float) -> list[dict]:
     }
     if "merge_error" in asked:
         sentence = (
-            f"rounding took {percent(error)} of what training changed in a tensor, where at most "
-            f"{percent(asked['merge_error'])} is asked"
+            f"rounding took {percent(error)} of what training changed in {tensor or 'any tensor'}, where "
+            f"at most {percent(asked['merge_error'])} is asked (merge.dtype: fp32 loses least)"
         )
         found["merge_error"] = (error <= asked["merge_error"], True, sentence)
     return [

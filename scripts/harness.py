@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import sys
 import tempfile
@@ -111,6 +112,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
     lm = HFLM(pretrained=evaluation.load(arguments), tokenizer=tokenizer, max_length=longest)
     others = [task for task in arguments.tasks if not is_of_ruler(task)]
     ruler = [task for task in arguments.tasks if is_of_ruler(task)]
+    if ruler and not remote_code:
+        check_no_code(directory)
     found = results(lm, others, arguments) if others else {}
     # One length after the other: a limit takes the first examples, and those are of the first length.
     for length in arguments.lengths if ruler else []:
@@ -124,6 +127,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
         for task, entry in at_length.items():
             found.setdefault(task, entry)["metrics"] |= entry["metrics"]
     return found
+
+
+def check_no_code(model_directory: Path) -> None:
+    """Stop where RULER's tasks would run code that came with the tokenizer: they load it trusting it."""
+    file = model_directory / "tokenizer_config.json"
+    if file.is_file() and manifest.read_json(file).get("auto_map"):
+        raise UserError(
+            f"{file} names code of its own (auto_map), which lm_eval's tasks of RULER would run; read it "
+            "and set model.trust_remote_code to true, or take these tasks out of evaluation.harness.tasks"
+        )
 
 
 def results(lm, tasks: list[str], arguments, length: int | None = None) -> dict[str, dict]:
@@ -140,20 +153,24 @@ def results(lm, tasks: list[str], arguments, length: int | None = None) -> dict[
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
     )
-    # Of a group, such as mmlu, the mean over its tasks; a tag has none, so there all of its tasks.
-    whole = set(tasks) <= said["results"].keys()
+    if length:
+        # Each task by itself: the mean that lm_eval gives of RULER is over its own lengths alone.
+        metrics = {task: score_at(length, samples) for task, samples in said["samples"].items()}
+    else:
+        # Of a group, such as mmlu, the mean over its tasks; a tag has none, so there all of its tasks.
+        whole = set(tasks) <= said["results"].keys()
+        metrics = {
+            task: scores(entry, said["n-samples"].get(task, {}).get("effective"))
+            for task, entry in said["results"].items()
+            if task in tasks or not whole
+        }
     return {
         task: {
             "version": said["versions"].get(task),
             "num_fewshot": said["n-shot"].get(task),
-            "metrics": (
-                score_at(length, said["samples"][task])
-                if length and task in said["samples"]
-                else scores(entry, said["n-samples"].get(task, {}).get("effective"))
-            ),
+            "metrics": found,
         }
-        for task, entry in said["results"].items()
-        if task in tasks or not whole
+        for task, found in metrics.items()
     }
 
 
@@ -172,17 +189,22 @@ def score_at(length: int, samples: list[dict]) -> dict[str, dict]:
     }
 
 
+def is_number(value: object) -> bool:
+    """Tell whether a value is a number that JSON can hold."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def scores(entry: dict, examples: int | None) -> dict[str, dict]:
     """Return a task's metrics, each with its standard error, None where lm_eval gives none."""
     found = {}
     for key, value in entry.items():
         metric, comma, filtered = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+        if not comma or metric.endswith("_stderr") or not is_number(value):
             continue
         error = entry.get(f"{metric}_stderr,{filtered}")
         found[metric if filtered == "none" else f"{metric} ({filtered})"] = {
             "value": float(value),
-            "stderr": float(error) if isinstance(error, int | float) else None,
+            "stderr": float(error) if is_number(error) else None,
             "examples": examples,
         }
     return found

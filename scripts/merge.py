@@ -1,9 +1,10 @@
 """Merge what was trained into the base model: safetensors in, safetensors out, a block at a time.
 
 A LoRA delta is added in float32 and the sum cast once; a tensor that was trained whole replaces the
-base's. Never is more than a part of one tensor in memory, whatever the model's size. What the cast takes of
-a change is measured. The merged directory carries its RoPE, tokenizer and generation settings, and loads
-with plain transformers. A merge that was killed goes on with the shards that are not written yet.
+base's. In memory are some rows of one tensor, or the whole of one that was trained whole, whatever the
+model's size. What the cast takes of a change is measured. The merged directory carries its RoPE, tokenizer
+and generation settings, and loads with plain transformers. A merge that was killed goes on with the shards
+that are not written yet.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longyarn import attempts, deltas, manifest, models, storage
-from longyarn.cli import program, progress, require_space, set_up_torch
+from longyarn.cli import UserError, program, progress, require_space, set_up_torch
 
 BLOCK = 1 << 22  # elements that are in memory at once, in float32
 KINDS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -39,20 +40,32 @@ def main() -> None:
     train = manifest.read(arguments.train)
     source = arguments.base.parent / base["facts"]["directory"]
     trained = arguments.train.parent / train["facts"]["directory"]
-    weights, changes = source, {}
-    if train["facts"]["mode"] == "lora":
-        changes = deltas.read(trained, shapes(source))
-    else:
-        weights = trained
+    base_tensors = tensors(models.tensor_files(source))
+    weights = source if train["facts"]["mode"] == "lora" else trained
     shards = models.tensor_files(weights)
-    require_space(arguments.output.parent, size(shards, arguments.dtype), "the merged model")
+    if weights == source:
+        shapes = {name: place.shape for name, (_, place) in base_tensors.items()}
+        changes = deltas.read(trained, shapes)
+    else:
+        changes = deltas.replacements(tensors(shards), base_tensors)
+    for name in changes:
+        if base_tensors[name][1].kind not in storage.TORCH:
+            raise UserError(
+                f"{name} of the base is of type {base_tensors[name][1].kind}, to which no change can be "
+                "added; take a base that is not quantised"
+            )
+    merge = Merge(changes, base_tensors, arguments.dtype)
 
     work = attempts.directory(arguments.work, identity(arguments))
     work.mkdir(parents=True, exist_ok=True)
     attempts.record(work, identity(arguments))
+    missing = [shard for shard in shards if not written(work / shard.name)]
+    require_space(work, sum(map(merge.size, missing)), "the merged model")
+    if work.stat().st_dev != arguments.output.parent.stat().st_dev:
+        require_space(arguments.output.parent, sum(map(merge.size, shards)), "the merged model")
     loss = Loss()
     for shard in progress(shards, len(shards), "merge"):
-        loss = loss.or_worse(merge_once(shard, work / shard.name, changes, arguments.dtype))
+        loss = loss.or_worse(merge.once(shard, work / shard.name))
     with manifest.new_directory(arguments.output) as directory:
         for shard in shards:
             attempts.link(work / shard.name, directory / shard.name)
@@ -91,21 +104,9 @@ def identity(arguments: argparse.Namespace) -> dict:
     }
 
 
-def shapes(model_directory: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors in a model directory by name."""
-    files = models.tensor_files(model_directory)
-    return {name: place.shape for file in files for name, place in storage.header(file).items()}
-
-
-def size(shards: list[Path], dtype: str | None) -> int:
-    """Return the bytes that shards have when they are cast."""
-    places = [place for shard in shards for place in storage.header(shard).values()]
-    return sum(storage.WIDTHS[kind_of(place, dtype)] * math.prod(place.shape) for place in places)
-
-
-def kind_of(place: storage.Place, dtype: str | None) -> str:
-    """Return the type that a tensor is cast to; only what training could have is cast."""
-    return KINDS[dtype] if dtype and place.kind in storage.TORCH else place.kind
+def tensors(files: list[Path]) -> dict[str, tuple[Path, storage.Place]]:
+    """Return where each tensor of a model lies, its file and its place there, by name."""
+    return {name: (file, place) for file in files for name, place in storage.header(file).items()}
 
 
 @dataclass(frozen=True)
@@ -123,62 +124,91 @@ class Loss:
         return other if other.share > self.share else self
 
 
-def merge_once(
-    source: Path, target: Path, changes: dict[str, deltas.Lazy], dtype: str | None
-) -> Loss:
-    """Write a shard that an attempt before has not written; return the largest share lost in it."""
-    record = target.with_suffix(".json")  # written last, so it tells that the shard is whole
-    if not record.is_file():
-        loss = merge_shard(source, target, changes, dtype)
-        manifest.write_json(record, {"share": loss.share, "tensor": loss.tensor})
-    return Loss(**manifest.read_json(record))
+def written(shard: Path) -> bool:
+    """Tell whether an attempt before has written a shard: its record comes last, and has its size."""
+    record = shard.with_suffix(".json")
+    return (
+        record.is_file()
+        and shard.is_file()
+        and manifest.read_json(record)["size"] == shard.stat().st_size
+    )
 
 
-def merge_shard(
-    source: Path, target: Path, changes: dict[str, deltas.Lazy], dtype: str | None
-) -> Loss:
-    """Write one shard with ``changes`` applied; return the largest share of one that was lost."""
-    losses: list[Loss] = []
-    streams = {}
-    for name, place in storage.header(source).items():
-        kind = kind_of(place, dtype)
-        change = changes.get(name)
-        parts = merged(source, name, place, kind, change, losses)
-        streams[name] = storage.Stream(kind, place.shape, parts)
-    storage.write(target, streams, storage.metadata(source))
-    return max(losses, key=lambda loss: loss.share, default=Loss())
+@dataclass(frozen=True)
+class Merge:
+    """What becomes of a model's shards: ``changes`` of the ``base`` by name, cast to ``dtype``.
 
+    Without a dtype each tensor has its type in the base, where that has it.
+    """
 
-def merged(
-    file: Path,
-    name: str,
-    place: storage.Place,
-    kind: str,
-    lazy: deltas.Lazy | None,
-    losses: list[Loss],
-) -> Iterator:
-    """Yield the bytes of a tensor, changed and cast, some rows at a time; put its loss into ``losses``."""
-    import torch
+    changes: dict[str, deltas.Lazy]
+    base: dict[str, tuple[Path, storage.Place]]
+    dtype: str | None
 
-    if lazy is None and kind == place.kind:
-        yield from storage.blocks(file, place)
-        return
-    change = lazy and lazy()
-    lost = changed = 0.0
-    rows, *rest = place.shape or (1,)
-    step = max(1, BLOCK // max(1, math.prod(rest)))
-    for begin in range(0, rows, step):
-        old = storage.torch_rows(file, place, begin, min(step, rows - begin))
-        wanted = old.float()
-        if change:
-            wanted, delta = change(wanted, begin)
-            changed += float(delta.norm()) ** 2
-        new = wanted.to(getattr(torch, storage.TORCH[kind]))
-        if change:
-            lost += float((new.float() - wanted).norm()) ** 2
-        yield new.contiguous().reshape(-1).view(torch.uint8).numpy()
-    if changed:
-        losses.append(Loss(math.sqrt(lost / changed), name))
+    def kind(self, name: str, place: storage.Place) -> str:
+        """Return the type that a tensor is cast to; only what training could have is cast."""
+        old = self.base[name][1] if name in self.changes else place
+        return KINDS[self.dtype] if self.dtype and old.kind in storage.TORCH else old.kind
+
+    def size(self, shard: Path) -> int:
+        """Return the bytes of a shard when it is cast."""
+        return sum(
+            storage.WIDTHS[self.kind(name, place)] * math.prod(place.shape)
+            for name, place in storage.header(shard).items()
+        )
+
+    def once(self, source: Path, target: Path) -> Loss:
+        """Write a shard that is not written yet; return the largest share lost in it."""
+        record = target.with_suffix(".json")
+        if not written(target):
+            loss = self.shard(source, target)
+            size = target.stat().st_size
+            manifest.write_json(record, {"share": loss.share, "tensor": loss.tensor, "size": size})
+        found = manifest.read_json(record)
+        return Loss(found["share"], found["tensor"])
+
+    def shard(self, source: Path, target: Path) -> Loss:
+        """Write a shard of what is merged; return the largest share of a change that was lost in it."""
+        losses: list[Loss] = []
+        streams = {
+            name: storage.Stream(
+                self.kind(name, place), place.shape, self.rows(name, source, place, losses)
+            )
+            for name, place in storage.header(source).items()
+        }
+        storage.write(target, streams, storage.metadata(source))
+        return max(losses, key=lambda loss: loss.share, default=Loss())
+
+    def rows(self, name: str, file: Path, place: storage.Place, losses: list[Loss]) -> Iterator:
+        """Yield the bytes of a tensor, changed and cast, some rows at a time; put its loss into a list."""
+        import torch
+
+        kind, change = self.kind(name, place), None
+        if name in self.changes:
+            file, place = self.base[name]
+            change = self.changes[name]()
+        elif kind == place.kind:
+            yield from storage.blocks(file, place)
+            return
+        lost = changed = 0.0
+        count, *rest = place.shape or (1,)
+        step = max(1, BLOCK // max(1, math.prod(rest)))
+        for begin in range(0, count, step):
+            old = storage.torch_rows(file, place, begin, min(step, count - begin))
+            wanted = old.float()
+            if change:
+                wanted, delta = change(wanted, begin)
+                changed += float(delta.norm()) ** 2
+            new = wanted.to(getattr(torch, storage.TORCH[kind]))
+            if kind == "F16" and new.isinf().any() and not wanted.isinf().any():
+                raise UserError(
+                    f"{name} has numbers that are too large for fp16; set merge.dtype to bf16 or fp32"
+                )
+            if change:
+                lost += float((new.float() - wanted).norm()) ** 2
+            yield new.contiguous().reshape(-1).view(torch.uint8).numpy()
+        if changed:
+            losses.append(Loss(math.sqrt(lost / changed), name))
 
 
 def copy_index(source: Path, directory: Path) -> None:

@@ -34,6 +34,7 @@ NAMES = ("oak", "elm", "ash", "fir", "pine", "birch", "cedar", "larch", "maple",
 # The end of a line or of a sentence.
 END = re.compile(r"\n+|(?<=[.!?])[\"')\]”’]*[ \t]+|(?<=[。！？])")
 
+LONGEST_LINE = 64  # tokens of a text's line that are not parted
 TOKENS_AT_ONCE = 16384  # tokens of prompts that are read together; one prompt may be longer
 
 
@@ -148,10 +149,12 @@ def read_haystack(tokenizer, path: Path | None) -> list[list[int]]:
     lines = [text[begin:end] for begin, end in itertools.pairwise(ends) if begin < end]
     if not text.strip():
         raise UserError(f"evaluation.passkey.haystack {path} is empty; name a file with a text")
+    encoded = (tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines)
+    # Prompts hold whole lines, so a text without breaks is cut, or little of it would fit.
     return [
-        tokens
-        for line in lines
-        if (tokens := tokenizer(line, add_special_tokens=False)["input_ids"])
+        tokens[begin : begin + LONGEST_LINE]
+        for tokens in encoded
+        for begin in range(0, len(tokens), LONGEST_LINE)
     ]
 
 

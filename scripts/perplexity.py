@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from longyarn import evaluation, statistics
+from longyarn import evaluation, models, statistics
 from longyarn.cli import UserError, program
 from longyarn.tokens import held_out_documents
 from longyarn.windows import window_losses
@@ -43,10 +43,17 @@ def main() -> None:
             file=sys.stderr,
         )
     model = evaluation.load(arguments)
+    models.check_logits(model)
 
     def losses(texts: dict[str, np.ndarray], length: int, stride: int | None = None) -> dict:
         label = f"perplexity of {arguments.variant} at {length}"
-        return window_losses(model, texts, length, stride, label)
+        found = window_losses(model, texts, length, stride, label)
+        if not all(np.isfinite(part).all() for parts in found.values() for part in parts):
+            raise UserError(
+                f"losses of {arguments.variant} at {length} tokens are no numbers in "
+                f"{arguments.precision}; set evaluation.precision to bf16 or fp32"
+            )
+        return found
 
     facts = measure(losses, documents, kept, settings) | {"too_short": too_short}
     evaluation.write(

@@ -142,6 +142,8 @@ def sentence(found: dict) -> str:
     counted = {name: one for name, one in ratios.items() if one and name != DEFAULT}
     lower = [name for name, one in counted.items() if one["significant"] and one["value"] < 1]
     higher = [name for name, one in counted.items() if one["significant"] and one["value"] > 1]
+    if not counted:
+        return f"Perplexity at {found['target_length']:,} tokens was not evaluated."
     text = (
         f"At {found['target_length']:,} tokens, of {len(cells) - 1} cells beside the default "
         f"{len(lower)} have a significantly lower perplexity ({', '.join(lower) or 'none'}) and "
@@ -153,7 +155,7 @@ def sentence(found: dict) -> str:
         text += (
             f"; over {len(seeds['cells'])} seeds of the default perplexity lies between "
             f"{significant(one['low'])} and {significant(one['high'])}, and a difference of that size "
-            "is not one of settings"
+            "may be one of seeds"
         )
     return f"{text}."
 

@@ -206,6 +206,10 @@ MISTAKES = [
         {"evaluation.perplexity.by_position.buckets": 1024, "evaluation.perplexity.lengths": [512]},
         "by_position.buckets 1024 divides windows of 512 tokens into parts of less than 2; lower it",
     ),
+    (
+        {"evaluation.perplexity.stride": 256},
+        "stride is now a protocol of its own; write evaluation.perplexity.sliding: {lengths: […], str",
+    ),
     ({"evaluation.perplexity.tokens_per_document": 99}, "tokens_per_document 99 is less than"),
     (
         {"rope.factor": 4, "rope.original_max_position_embeddings": 512},
@@ -233,6 +237,14 @@ def test_a_mistake_gets_one_sentence_that_names_the_key(changes, expected):
     sentence = refusal(DEFAULT, changes)
     assert expected in sentence
     assert len(sentence) < 400
+
+
+def test_what_was_written_otherwise_before_is_still_read():
+    evaluation = DEFAULT["evaluation"]
+    older = evaluation | {"perplexity": evaluation["perplexity"] | {"stride": None}}
+    filled = config.complete(DEFAULT | {"evaluation": older, "verify": None}, SCHEMA_PATH)
+    assert filled["evaluation"] == config.complete(DEFAULT, SCHEMA_PATH)["evaluation"]
+    assert set(filled["verify"].values()) == {None}
 
 
 def test_a_long_value_is_cut():

@@ -20,7 +20,8 @@ def made(directory, asked: dict, error: float = 0.25, **figures) -> list:
     """Write a report and a merge manifest with these figures; return the gate's arguments."""
     judged = verdict.judge(shown(**figures), asked)
     manifest.write_json(directory / "report.json", {"verdict": judged})
-    manifest.write_json(directory / "merged.json", {"facts": {"merge_error": error}})
+    facts = {"merge_error": error, "merge_error_tensor": "norm.weight"}
+    manifest.write_json(directory / "merged.json", {"facts": facts})
     return [
         "--report", directory / "report.json", "--merge", directory / "merged.json",
         "--thresholds", json.dumps(asked), "--mark", directory / "NOT_VERIFIED.txt",
@@ -46,7 +47,11 @@ def test_a_run_within_all_thresholds_passes_and_its_mark_goes(tmp_path):
         ("perplexity_ratio", {"perplexity": GOOD | {"trained": {512: 31.2, 4096: 31.9}}}, "1.022"),
         ("retention_ratio", {"perplexity": GOOD | {"trained": {512: 32.2, 4096: 28.0}}}, "1.039"),
         ("passkey_rate", {"passkey": FOUND | {"trained": {512: 30, 4096: 28}}}, "84 of 90"),
-        ("merge_error", {"error": 0.75}, "rounding took 75 %"),
+        (
+            "merge_error",
+            {"error": 0.75},
+            "rounding took 75 % of what training changed in norm.weight",
+        ),
     ],
 )
 def test_each_miss_is_one_sentence_with_figure_and_threshold(tmp_path, key, changes, words):

@@ -97,6 +97,16 @@ def test_a_task_that_lm_eval_does_not_have(brought, tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
+def test_code_of_a_tokenizer_is_not_run_by_tasks_of_ruler(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["x.X", null]}}'
+    )
+    with pytest.raises(UserError, match="names code of its own"):
+        harness.check_no_code(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    harness.check_no_code(tmp_path)
+
+
 def test_lm_eval_is_an_extra(monkeypatch):
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(

@@ -153,7 +153,8 @@ def test_a_bfloat16_base_gets_the_rounded_float32_sum(tmp_path, monkeypatch):
         deltas.load_sum, tmp_path / "adapter.safetensors", places["a"], places["b"], 0.01
     )
     target = tmp_path / "merged.safetensors"
-    merge.merge_shard(tmp_path / "base.safetensors", target, {"w.weight": change}, None)
+    file = tmp_path / "base.safetensors"
+    merge.Merge({"w.weight": change}, merge.tensors([file]), None).shard(file, target)
     found = load_file(target)
     exact = tensors["w.weight"].double() + 0.01 * (b.double() @ a.double())
     assert torch.equal(found["w.weight"], exact.bfloat16())
@@ -191,6 +192,45 @@ def test_cast_to_another_type(tmp_path, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_where_every_weight_was_trained(tmp_path, dtype):
+    """In 32 bits, of a bfloat16 base, whose type the merged model has unless another is asked for."""
+    small_base(tmp_path, True)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    for parameter in model.parameters():
+        parameter.data += 1e-3 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "trained", max_shard_size="40KB")
+    write_manifest(tmp_path, "trained", {"mode": "full"})
+    to_bfloat16(tmp_path)
+    done = merge(tmp_path, *(["--dtype", dtype] if dtype else []))
+    assert done.returncode == 0, done.stderr
+    before, trained = load_all(tmp_path / "base"), load_all(tmp_path / "trained")
+    found, shares = load_all(tmp_path / "merged"), []
+    assert found.keys() == trained.keys()
+    for name, wanted in trained.items():
+        assert torch.equal(found[name], wanted if dtype else wanted.bfloat16())
+        change = (wanted - before[name].float()).norm()
+        shares.append(float((found[name].float() - wanted).norm() / change))
+    error = manifest.read_facts(tmp_path / "merged.json")["merge_error"]
+    assert error == pytest.approx(max(shares), rel=1e-4) and (error > 0) == (dtype is None)
+
+
+def test_numbers_beyond_fp16_are_refused(tmp_path):
+    small_base(tmp_path, True)
+    adapt(tmp_path, r=4)
+    file = next((tmp_path / "base").glob("*1-of*.safetensors"))
+    save_file({k: v * 0 + 1e5 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    done = merge(tmp_path, "--dtype", "fp16")
+    assert done.returncode == 1 and "too large for fp16; set merge.dtype to bf16" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "merged.json").exists()
+
+
+def to_bfloat16(directory) -> None:
+    for file in (directory / "base").glob("*.safetensors"):
+        save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
+    write_manifest(directory, "base", {"trust_remote_code": False, "source": "x", "revision": None})
+
+
 def test_killed_half_way_it_goes_on_to_the_same_model(tmp_path):
     small_base(tmp_path, False)
     adapt(tmp_path, r=4)
@@ -210,24 +250,37 @@ def test_killed_half_way_it_goes_on_to_the_same_model(tmp_path):
     assert done.returncode == 9
     assert not (tmp_path / "merged").exists()
     written = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.json")}
+    assert len(written) == 3  # two shards and what the work is about
+    first, second = sorted((tmp_path / "work").rglob("*.safetensors"))
+    first.unlink()  # as scratch file systems do
+    second.write_bytes(b"")  # as a node that lost its power leaves it
     done = merge(tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "merged.json").read_bytes() == record
-    assert len(written) == 3  # two shards and what the work is about
     assert not list((tmp_path / "work").iterdir())
 
 
 def test_a_disk_that_fills_up(tmp_path):
+    """Too small from the start, and while shards are written."""
     small_base(tmp_path, False)
     adapt(tmp_path, r=4)
+    unaware = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'merge.py'\n"
+        "import merge\nfrom longyarn.cli import program\n"
+        "merge.require_space = lambda *given: None\nprogram(merge.main)()\n"
+    )
     with small_disk(tmp_path / "small", 1) as small:
         filler = small / "filler"
         filler.write_bytes(b"0" * ((1 << 20) - 60_000))
         done = merge(tmp_path, "--work", small)
+        assert done.returncode == 1 and "error: no space left for the merged model" in done.stderr
+        command = [str(part) for part in (*arguments_of(tmp_path), "--work", small)]
+        command = [sys.executable, "-c", unaware, str(ROOT / "scripts"), *command]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 1 and "error: no space left on the disk" in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.json").exists()
-        assert not list(small.rglob("*.partial"))
+        assert list(small.rglob("*.safetensors")) and not list(small.rglob("*.partial"))
         filler.unlink()
         assert merge(tmp_path, "--work", small).returncode == 0
 
@@ -240,9 +293,7 @@ def test_what_rounding_took_of_the_change_is_measured(tmp_path, tied):
     assert merge(tmp_path).returncode == 0
     assert manifest.read_facts(tmp_path / "merged.json")["merge_error"] == 0
     exact = load_all(tmp_path / "merged")
-    for file in (tmp_path / "base").glob("*.safetensors"):
-        save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
-    write_manifest(tmp_path, "base", {"trust_remote_code": False, "source": "x", "revision": None})
+    to_bfloat16(tmp_path)
     before, rounded = load_all(tmp_path / "base"), {}
     assert merge(tmp_path).returncode == 0
     for name, new in load_all(tmp_path / "merged").items():

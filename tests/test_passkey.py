@@ -60,6 +60,7 @@ def test_a_text_hides_the_key_and_begins_again(tokenizer, text_file, length, dep
     haystack = passkey.read_haystack(tokenizer, text_file)
     tokens, _ = passkey.prompt(tokenizer, {"": "40917"}, length, depth, haystack)
     assert length - max(map(len, haystack)) < len(tokens) <= length
+
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     line = passkey.KEY_LINE.format(key="40917")
     before, after = text.removeprefix(passkey.PREFIX).split(line)
@@ -67,6 +68,14 @@ def test_a_text_hides_the_key_and_begins_again(tokenizer, text_file, length, dep
     assert (TEXT * 20).startswith(hidden)
     assert (before == "") == (depth == 0)
     assert (TEXT * 2 in hidden) == (length == 1024)
+
+
+def test_a_haystack_without_breaks_fills_the_prompt(tokenizer, tmp_path):
+    """One line, one sentence, of more tokens than the prompt has."""
+    (tmp_path / "text.txt").write_text("and so on and on " * 500)
+    haystack = passkey.read_haystack(tokenizer, tmp_path / "text.txt")
+    tokens, _ = passkey.prompt(tokenizer, {"": "40917"}, 1024, 0.5, haystack)
+    assert 1024 - passkey.LONGEST_LINE < len(tokens) <= 1024
 
 
 def test_several_needles_have_names_and_one_is_asked_for(tokenizer, filler):

@@ -64,19 +64,28 @@ def test_names_are_short_and_safe_in_a_path():
     assert sweep.directory({"mix.long_share": 0.6}) == "cells/mix.long_share=0.6/"
 
 
-def test_a_stage_belongs_to_the_first_cell_with_the_same_settings_so_far():
-    cells = sweep.cells(
-        swept({"training.steps": [50], "mix.seed": [1], "x": [{"mix.seed": 1, "training.seed": 1}],
-               "rope.method": ["ntk"], "rope.beta_fast": [16]})
-    )  # fmt: skip
-    steps, seed, both, ntk, ramp = list(cells)[1:]
-    owners = {
-        stage: [sweep.owner(cells, name, stage) for name in cells]
-        for stage in ("patch_rope", "pack", "train")
+def test_a_stage_lies_where_the_changes_that_decide_on_it_say():
+    factors = {
+        "training.steps": [50], "mix.seed": [1], "x": [{"mix.seed": 1, "training.seed": 1}],
+        "rope.method": ["ntk"], "rope.beta_fast": [16],
+        "y": [{"mix.seed": 2, "training.seed": 2}],
+    }  # fmt: skip
+    found = {
+        stage: [
+            sweep.directory(sweep.shared(changes, stage))
+            for changes in sweep.all_changes(swept(factors))
+        ]
+        for stage in ("patch_rope", "pack")
     }
-    assert owners["patch_rope"] == ["", "", "", "", "", ramp]
-    assert owners["pack"] == ["", "", seed, seed, ntk, ramp]
-    assert owners["train"] == ["", steps, seed, both, ntk, ramp]
+    seed, ntk, ramp, other = (
+        f"cells/{name}/"
+        for name in ("mix.seed=1", "rope.method=ntk", "rope.beta_fast=16", "mix.seed=2")
+    )
+    assert found["patch_rope"] == ["", "", "", "", "", ramp, ""]
+    assert found["pack"] == ["", "", seed, seed, ntk, ramp, other]
+    # Also where no cell is of that place alone, and whatever other cells there are.
+    assert sweep.places(swept(factors))[other] == {"mix.seed": 2}
+    assert other not in sweep.cells(swept(factors))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +101,7 @@ def test_a_stage_belongs_to_the_first_cell_with_the_same_settings_so_far():
         ({"corpus": [{"corpus.held_out": []}]}, "changes 'corpus.held_out'"),
         ({"seeds": [1, 2]}, "sweep.factors has 'seeds', which changes 'seeds'"),
         ({"training.steps": []}, "must not be empty"),
+        ({"x": [{"training.lora": {"rank": 4}}]}, "gives training.lora a mapping; write its keys one by"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_cannot_be_is_refused_by_name(factors, words):

@@ -18,7 +18,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from longyarn import windows
+from longyarn import models, windows
+from longyarn.cli import UserError
 from longyarn.windows import Window, window_losses
 
 
@@ -64,6 +65,50 @@ def test_losses_equal_the_direct_computation(model, length, stride, at_once, mon
         losses = np.concatenate(found[name])
         np.testing.assert_allclose(losses, naive(model, ids, length, stride), atol=1e-5)
         assert len(losses) == len(ids) - (1 if stride else -(-len(ids) // length))
+
+
+def of_family(family: str, **settings):
+    """Return a small random model of a family that changes its logits after the output head."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 64, "head_dim": 16,
+        "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    made = AutoConfig.for_model(family, **sizes | settings)
+    return AutoModelForCausalLM.from_config(made).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+    ],
+)
+def test_logits_are_the_models_own(family, settings):
+    changed = of_family(family, **settings)
+    models.check_logits(changed)
+    ids = np.arange(40, dtype=np.int32)
+    found = np.concatenate(window_losses(changed, {"a": ids}, 40, None, "test")["a"])
+    with torch.no_grad():
+        logits = changed(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[:-1], torch.arange(1, 40), reduction="none")
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_what_else_a_model_does_to_its_logits_is_refused(model, monkeypatch):
+    own = type(model).forward
+
+    def forward(self, *given, **named):
+        output = own(self, *given, **named)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(UserError, match="changes its logits after the output head"):
+        models.check_logits(model)
 
 
 def test_windows_of_equal_length_share_a_forward_pass(monkeypatch):

@@ -49,7 +49,7 @@ TYPES = {
 def complete(config: dict, schema_path: Path) -> dict:
     """Return ``config`` with every default of the schema filled in, or raise one clear sentence."""
     schema = yaml.safe_load(Path(schema_path).read_text(encoding="utf-8"))
-    filled = _with_defaults(config, schema)
+    filled = _with_defaults(_of_today(config), schema)
     _validate(filled, schema)
     # A file on top of another takes a collection out by null.
     counts = filled["corpus"]["held_out_documents"]
@@ -66,6 +66,24 @@ def complete(config: dict, schema_path: Path) -> dict:
             except UserError as error:
                 raise UserError(f"{within(name)}{error}") from None
     return filled
+
+
+def _of_today(config: dict) -> dict:
+    """Return a config with what was written otherwise before as it is now."""
+    if config.get("verify", {}) is None:  # the gate off
+        config = config | {"verify": {}}
+    try:
+        perplexity = config["evaluation"]["perplexity"]
+        stride = perplexity.get("stride")
+    except (KeyError, TypeError, AttributeError):
+        return config
+    if stride is not None:
+        raise UserError(
+            "evaluation.perplexity.stride is now a protocol of its own; write evaluation.perplexity.sliding: "
+            f"{{lengths: […], stride: {stride}}}"
+        )
+    kept = {key: value for key, value in perplexity.items() if key != "stride"}
+    return config | {"evaluation": config["evaluation"] | {"perplexity": kept}}
 
 
 def configurations(config: dict) -> dict[str, dict]:

@@ -63,6 +63,22 @@ def read(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Lazy]
     return changes
 
 
+def replacements(
+    trained: dict[str, tuple[Path, storage.Place]], base: dict[str, tuple[Path, storage.Place]]
+) -> dict[str, Lazy]:
+    """Return the changes of a model whose every weight was trained, where the base has the tensor too.
+
+    Both by name: the file and the place in it.
+    """
+    return {
+        name: functools.partial(load_replacement, file, place)
+        for name, (file, place) in trained.items()
+        if name in base
+        and base[name][1].shape == place.shape
+        and {place.kind, base[name][1].kind} <= storage.TORCH.keys()
+    }
+
+
 def is_second_name(
     name: str, file: Path, places: dict[str, storage.Place], shapes: dict[str, tuple[int, ...]]
 ) -> bool:

@@ -53,7 +53,7 @@ def load(arguments: argparse.Namespace):
 
 def check_tokenizer(arguments: argparse.Namespace) -> None:
     """Stop where a variant's tokenizer has another vocabulary than the base's."""
-    both = [(path, manifest.read(path)) for path in (arguments.base, arguments.model)]
+    both = [(path, manifest.read_json(path)) for path in (arguments.base, arguments.model)]
     files = [
         entry["sha256"]
         for _, found in both

@@ -176,6 +176,38 @@ def check_rotation(model, facts: dict) -> None:
         raise UserError("the model has no rotary embedding with inv_freq, so its RoPE is unproved")
 
 
+def logits(model, states):
+    """Return the logits of hidden states (…, hidden_size) as the model makes them, in float32.
+
+    The settings are Granite's, Cohere's and Gemma's, by which they change them after the output head.
+    """
+    config = model.config.get_text_config()
+    found = model.get_output_embeddings()(states).float()
+    if scaling := getattr(config, "logits_scaling", None):
+        found = found / scaling
+    if scale := getattr(config, "logit_scale", None):
+        found = found * scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        found = (found / cap).tanh() * cap
+    return found
+
+
+def check_logits(model) -> None:
+    """Stop where ``logits`` of the decoder's states are not the model's own: it does more to them."""
+    import torch
+
+    tokens = torch.arange(1, 17, device=model.device)[None]
+    with torch.inference_mode():
+        own = model(input_ids=tokens, use_cache=False).logits.float()
+        states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        found = logits(model, states).to(own.device)
+    if not torch.allclose(found, own, rtol=0.02, atol=0.02 * float(own.abs().max())):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output head in a way that Longyarn does "
+            "not know, so its perplexity would be wrong; choose another model"
+        )
+
+
 def tensor_files(model_directory: Path) -> list[Path]:
     """Return the safetensors files of a model directory, in shard order."""
     model_directory = Path(model_directory)

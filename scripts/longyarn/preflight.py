@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from longyarn import containers, requests
+from longyarn import containers, requests, sweep
 from longyarn.cli import UserError, first_line
 
 IS_OK, NOT_CHECKED, IS_WRONG = "ok", "not checked", "error"
@@ -479,6 +479,11 @@ def command(run: Run) -> str:
         raise UserError(
             f"the checkpoint asked for is of a run that has not come so far: {requests.job_name(first[0])} "
             "would have to run first, beside the run itself; wait until it trains its last phase"
+        )
+    if run.has("sweep") and len(sweep.all_changes(run.config)) < 2:
+        raise UserError(
+            "sweep.factors has nothing that differs from the configuration; state some values, as in "
+            "docs/sweeps.md"
         )
     if run.unknown_rules:
         raise UserError(

@@ -176,6 +176,11 @@ def _header(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
         about = found.pop("__metadata__", {})
         places = {}
         for name, entry in found.items():
+            if entry["dtype"] not in WIDTHS:
+                raise UserError(
+                    f"{path} has {name} of type {entry['dtype']}, which Longyarn does not know; choose a "
+                    "model whose weights are not quantised"
+                )
             begin, end = entry["data_offsets"]
             place = Place(entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
             if place.size != WIDTHS[place.kind] * math.prod(place.shape) or 8 + size + end > whole:

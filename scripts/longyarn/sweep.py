@@ -14,18 +14,20 @@ from longyarn.cli import UserError
 
 DIRECTORY = "cells"
 SECTIONS = ("rope", "mix", "training")
-# What of a configuration decides on each stage and all before it; in all else cells are the same.
-DEPENDS = {"pack": ("rope", "mix"), "train": ("rope", "mix", "training")}
+SHARED = ("patch_rope", "pack")  # stages; from training on each cell has its own
 LONGEST_NAME = 80
 
 
 def cells(config: dict) -> dict[str, dict]:
     """Return the whole configuration of each cell by its directory; the run itself, without one, first."""
-    alone = config | {"sweep": config["sweep"] | {"factors": {}}}
-    return {
-        directory(changes): with_changes(alone, changes) if changes else config
-        for changes in all_changes(config)
-    }
+    return {directory(changes): changed(config, changes) for changes in all_changes(config)}
+
+
+def changed(config: dict, changes: dict) -> dict:
+    """Return the whole configuration of a cell; the run itself has no changes."""
+    if not changes:
+        return config
+    return with_changes(config | {"sweep": config["sweep"] | {"factors": {}}}, changes)
 
 
 def all_changes(config: dict) -> list[dict]:
@@ -49,7 +51,12 @@ def all_changes(config: dict) -> list[dict]:
 def changes_of(name: str, value) -> dict:
     """Return the changes that one value of a factor makes: a mapping of keys, or of the factor's own key."""
     changes = value if isinstance(value, dict) else {name: value}
-    for key in changes:
+    for key, new in changes.items():
+        if isinstance(new, dict) and key != "mix.shares":
+            raise UserError(
+                f"sweep.factors has {name!r}, which gives {key} a mapping; write its keys one by one, as "
+                f"{key}.{next(iter(new), 'key')}"
+            )
         if not isinstance(key, str) or key.partition(".")[0] not in SECTIONS or "." not in key:
             raise UserError(
                 f"sweep.factors has {name!r}, which changes {key!r}, and a sweep changes keys of "
@@ -107,20 +114,22 @@ def directory(changes: dict) -> str:
     return f"{DIRECTORY}/{name}/"
 
 
-def owner(cells: dict[str, dict], name: str, stage: str) -> str:
-    """Return the first cell whose settings of a stage, and of all before it, are those of a cell.
+def shared(changes: dict, stage: str) -> dict:
+    """Return those of a cell's changes that decide on a stage of ``SHARED`` and on all before it.
 
-    That is where the stage's output lies for both.
+    The stage lies in the directory of these alone, so for every cell that has the same, and whatever
+    other cells there are. Of RoPE, each method has a file of its own.
     """
-    wanted = depends(cells[name], stage)
-    return next(other for other in cells if depends(cells[other], stage) == wanted)
-
-
-def depends(config: dict, stage: str) -> dict:
-    """Return the settings that decide on a stage; of RoPE, each method has a file of its own."""
     if stage == "patch_rope":
-        return {key: value for key, value in config["rope"].items() if key != "method"}
-    return {section: config[section] for section in DEPENDS[stage]}
+        return {k: v for k, v in changes.items() if k.startswith("rope.") and k != "rope.method"}
+    return {k: v for k, v in changes.items() if k.startswith(("rope.", "mix."))}
+
+
+def places(config: dict) -> dict[str, dict]:
+    """Return the changes of each directory that a sweep has: of its cells, and of what they share."""
+    cells = all_changes(config)
+    more = [shared(changes, stage) for changes in cells for stage in SHARED]
+    return {directory(changes): changes for changes in [*cells, *more]}
 
 
 def is_of_seeds(changes: dict) -> bool:

@@ -39,7 +39,7 @@ def check_variants(thresholds: dict, variants: list[str]) -> None:
         if thresholds[key] is not None and missing:
             raise UserError(
                 f"verify.{key} needs the variant {missing[0]!r}; add it to evaluation.variants, or set "
-                f"verify.{key} to null"
+                f"verify.{key}, which config.yaml asks by default, to null"
             )
 
 
@@ -49,12 +49,14 @@ def check_lengths(thresholds: dict, lengths: dict[str, list[int]], known: dict[s
     ``lengths`` are those of each instrument in tokens; ``known`` has the original and the target length,
     either of which may be absent where it is not known yet.
     """
+    extended = known.get("original") != known.get("target")
     for key, needs in NEEDS.items():
-        if thresholds[key] is None:
+        # The ratio over lengths means nothing where there is one length.
+        if thresholds[key] is None or (key == "perplexity_ratio" and not extended):
             continue
         for name in needs.at:
             if name in known and known[name] not in lengths[needs.instrument]:
                 raise UserError(
-                    f"verify.{key} needs evaluation.{needs.instrument}.lengths to have "
-                    f"{MEANING[name]}, {known[name]}; add it, or set verify.{key} to null"
+                    f"verify.{key} needs evaluation.{needs.instrument}.lengths to have {MEANING[name]}, "
+                    f"{known[name]}; add it, or set verify.{key}, which config.yaml asks by default, to null"
                 )

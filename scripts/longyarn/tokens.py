@@ -30,12 +30,11 @@ class Tokens:
         root = Path(manifest_path).parent
         files = [root / name for name in sorted(record["files"])]
         self.shards = [file for file in files if file.name != INDEX]
-        index_files = [file for file in files if file.name == INDEX]
-        if not index_files:
+        index = next((storage.read(file) for file in files if file.name == INDEX), {})
+        if "conversations" not in index:
             raise UserError(
-                f"{manifest_path} lists no {INDEX}, so an earlier version wrote it; delete it and run again"
+                f"{manifest_path} was written by an earlier version; delete it and run again"
             )
-        index = storage.read(index_files[0])
         self.lengths = np.asarray(index["lengths"])
         self.roles = np.asarray(index["roles"])
         self.collections = np.asarray(index["collections"])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from longyarn import models
 from longyarn.cli import progress
 
 TOKENS_AT_ONCE = 1024  # of windows in one forward pass; a longer window goes alone
@@ -94,9 +95,9 @@ def _scored_losses(model, read: np.ndarray, batch: list[Window]) -> list[np.ndar
             first = window.first - window.begin
             for at in range(first, window.length, LOGITS_AT_ONCE):
                 to = min(at + LOGITS_AT_ONCE, window.length)
-                logits = model.get_output_embeddings()(states[at - 1 : to - 1])
+                logits = models.logits(model, states[at - 1 : to - 1])
                 targets = ids[at:to].to(logits.device)
-                loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+                loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
                 losses[at - first : to - first] = loss.double().cpu().numpy()
             found.append(losses)
     return found
