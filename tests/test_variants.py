@@ -72,6 +72,7 @@ def test_a_variant_of_the_base_takes_the_run_s_settings_but_for_its_own():
     assert "beta_fast" not in variants.rope_settings(ROPE, "ntk", {})
     entry = {"method": "yarn", "factor": 4}
     assert variants.rope_settings(ROPE, "x", entry) == ROPE | entry | {"target_length": None}
+    assert variants.rope_settings(ROPE, "x", {"method": "yarn", "factor": None}) == ROPE
     other = variants.rope_settings(ROPE | {"factor": 8}, "x", {"target_length": 2048})
     assert (other["factor"], other["target_length"]) == (None, 2048)
 
@@ -84,6 +85,10 @@ def test_a_variant_of_the_base_takes_the_run_s_settings_but_for_its_own():
         ({"a/b": {"method": "yarn"}}, "is no name of lower-case letters, digits and hyphens"),
         ({"x": {}}, "x must be one thing: keys of section rope, or run alone"),
         ({"x": {"run": "other", "factor": 2}}, "x must be one thing"),
+        (
+            {"x": {"method": "none"}},
+            "x has no RoPE of its own, so it is the base; state its method",
+        ),
         ({"x": {"source": "owner/name", "run": "other"}}, "x must be one thing"),
         ({"x": {"revision": "main"}}, "x must be one thing"),
         ({"x": {"run": "micro"}}, "names this run itself"),

@@ -44,6 +44,8 @@ def check_entry(where: str, entry: dict, config: dict) -> None:
         raise UserError(
             f"{where} must be one thing: keys of section rope, or run alone, or source with its revision"
         )
+    if kind == "rope" and entry.get("method", config["rope"]["method"]) == "none":
+        raise UserError(f"{where} has no RoPE of its own, so it is the base; state its method")
     if entry.get("run") == config["run"]:
         raise UserError(f"{where} names this run itself, whose model is the variant trained")
     commit = re.fullmatch("[0-9a-f]{40}", entry.get("revision") or "0" * 40)
@@ -61,6 +63,8 @@ def rope_settings(rope: dict, variant: str, entry: dict) -> dict:
     target length, the other follows from it.
     """
     settings = rope | ({"method": variant} if not entry else {})
+    lengths = ("factor", "target_length")
+    entry = {key: value for key, value in entry.items() if value is not None or key not in lengths}
     if {"factor", "target_length"} & entry.keys():
         settings |= {"factor": None, "target_length": None}
     if (settings | entry)["method"] != "yarn":
