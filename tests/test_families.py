@@ -397,7 +397,7 @@ def test_a_lifted_window_is_lifted(tmp_path):
         assert sees(model, 16)
         assert sees(model, 100)
     (tmp_path / "merged").mkdir()
-    merge.copy_rest(directory / "weights", tmp_path / "merged", facts)
+    merge.copy_rest(directory / "weights", tmp_path / "merged", facts, None)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["sliding_window"] is None
 
 
