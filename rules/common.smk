@@ -22,7 +22,7 @@ from longyarn import (
     variants,
 )
 from longyarn.cli import UserError
-from longyarn.config import complete, phases
+from longyarn.config import complete, parts, phases
 from snakemake.settings.types import DeploymentMethod
 
 try:
@@ -49,6 +49,7 @@ if IN_APPTAINER:
 PHASES = phases(config)
 CELLS = sweep.cells(config)
 PLACES = sweep.places(config)  # the changes of each cell, and of what cells share
+PARTS = parts(config)  # the configuration of the jobs in each of all these directories
 PART = f"phase-[0-9]+/|{sweep.DIRECTORY}/[^/]+/"
 
 
@@ -122,8 +123,7 @@ def phase_name(wildcards):
 
 def phase_of(wildcards):
     """Return the configuration of a job's phase or cell."""
-    name = phase_name(wildcards)
-    return PHASES[name] if name in PHASES else sweep.changed(config, PLACES[name])
+    return PARTS[phase_name(wildcards)]
 
 
 def owner(name, stage):
@@ -281,10 +281,14 @@ def mix_options(wildcards):
 def tokens_to_read(wildcards):
     """Return the option of scripts/pack.py that tells how much training will read; none for epochs.
 
-    A resource, not a param: with more steps, training goes on with the same sequences.
+    None either where several cells read it, each as much as its own steps say: train checks that. A
+    resource, not a param: with more steps, training goes on with the same sequences.
     """
     settings = phase_of(wildcards)
-    if settings["training"]["steps"] is None:
+    if (
+        phase_name(wildcards) not in PHASES | CELLS
+        or settings["training"]["steps"] is None
+    ):
         return ""
     return f"--read {estimate.training_tokens(settings)}"
 

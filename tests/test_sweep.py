@@ -234,6 +234,16 @@ def test_a_finished_run_is_the_default_cell(finished):
     assert finished.planned({"sweep": {"factors": factors}}) == {}
 
 
+def test_what_cells_share_is_packed_for_their_steps_not_for_the_run_s(finished_copy):
+    """The run reads 8192 tokens, the one cell 2048 of its own 4096."""
+    overrides = {"sweep": {"factors": {"x": [{"training.steps": 1, "mix.token_budget": 4096}]}}}
+    target = "results/tests/cells/mix.token_budget=4096/pack.json"
+    assert finished_copy.planned(overrides, "sweep")["pack"] == 1
+    finished_copy.snakemake(target, overrides=overrides)
+    facts = manifest.read(finished_copy.directory / target)["facts"]
+    assert facts["tokens_packed"] == 4096
+
+
 def test_a_killed_sweep_goes_on_with_what_is_missing(finished_copy):
     overrides = {"sweep": {"factors": {"training.learning_rate": [5.0e-4, 2.0e-3]}}}
     made = finished_copy.directory / "results" / "tests"

@@ -29,11 +29,8 @@ Validator = jsonschema.validators.extend(
     ),
 )
 
-OF_THE_RUN = (
-    "nodes",
-    "gpus",
-    "threads",
-)  # of section training; a phase or a cell has no machines of its own
+# Of section training; a phase or a cell has no machines of its own.
+OF_THE_RUN = ("nodes", "gpus", "threads")
 
 TYPES = {
     "object": "a mapping",
@@ -89,6 +86,16 @@ def _of_today(config: dict) -> dict:
 def configurations(config: dict) -> dict[str, dict]:
     """Return each whole configuration by its directory below the run's: phases, the run, a sweep's cells."""
     return phases(config) | sweep.cells(config)
+
+
+def parts(config: dict) -> dict[str, dict]:
+    """Return the configuration of the jobs in each directory: those of ``configurations``, and the places
+    that a sweep's cells share, which are no cells and stand for a part of their settings alone.
+    """
+    places = sweep.places(config).items()
+    return {name: sweep.changed(config, changes) for name, changes in places} | configurations(
+        config
+    )
 
 
 def within(name: str) -> str:

@@ -12,7 +12,7 @@ import yaml
 
 from longyarn import estimate, shapes
 from longyarn.cli import UserError
-from longyarn.config import configurations, within
+from longyarn.config import configurations, parts, within
 from longyarn.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def job_name(job) -> str:
 
 def job_config(job, config: dict) -> dict:
     """Return the configuration of a Snakemake job's phase or cell."""
-    return configurations(config).get(job.wildcards.get("phase", ""), config)
+    return parts(config).get(job.wildcards.get("phase", ""), config)
 
 
 def sbatch_call(job, settings, **given) -> str:
