@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longyarn import losses
+from longyarn import losses, models
 from longyarn.cli import UserError
 
 SIZES = {
@@ -153,7 +153,7 @@ def test_with_no_label_at_all_the_loss_is_nought():
     assert float(losses.normalise(torch.zeros(()), None, 97, torch.tensor(0))) == 0
 
 
-@pytest.mark.parametrize("key", list(losses.AFTER_THE_HEAD))
+@pytest.mark.parametrize("key", list(models.AFTER_THE_HEAD))
 def test_a_model_that_changes_its_logits_is_refused(key):
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     setattr(model.config, key, 30.0)

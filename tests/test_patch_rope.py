@@ -231,15 +231,19 @@ def test_parameters_that_could_be_misread_are_refused(parameters, word):
 
 
 def save_base(directory: Path, config) -> Path:
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(directory / "base")
+    LlamaForCausalLM(config).save_pretrained(directory / "base")
+    return record_base(directory)
+
+
+def record_base(directory: Path, trust_remote_code: bool = False) -> Path:
+    """Write the manifest of the model in ``base``."""
     manifest.write(
         directory / "base.json",
         script=ROOT / "scripts" / "download_model.py",
         settings={},
         inputs={},
         files=sorted((directory / "base").iterdir()),
-        facts={"directory": "base", "trust_remote_code": False},
+        facts={"directory": "base", "trust_remote_code": trust_remote_code},
     )
     return directory / "base.json"
 
@@ -291,15 +295,8 @@ def test_a_model_with_code_of_its_own(tmp_path, write_config):
     classes = {"AutoConfig": "configuration_own.OwnConfig"}
     classes["AutoModelForCausalLM"] = "modeling_own.OwnModel"
     edit_json(tmp_path / "base" / "config.json", model_type="own", auto_map=classes)
-    manifest.write(
-        tmp_path / "base.json",
-        script=ROOT / "scripts" / "download_model.py",
-        settings={},
-        inputs={},
-        files=sorted((tmp_path / "base").iterdir()),
-        facts={"directory": "base", "trust_remote_code": True},
-    )
-    written, done = patch(tmp_path / "base.json", "rope", write_config=write_config)
+    base = record_base(tmp_path, trust_remote_code=True)
+    written, done = patch(base, "rope", write_config=write_config)
     assert done.returncode == 0, done.stderr
     loaded = models.load_model(
         tmp_path / "base", written, dtype="fp32", attention="sdpa", trust_remote_code=True

@@ -12,13 +12,11 @@ import types
 
 import torch
 
+from longyarn import models
 from longyarn.batches import LOSS_CHUNK
 from longyarn.cli import UserError
 
 IGNORED = -100  # transformers' label of a position that is not scored
-
-# Settings by which a model changes its logits after the head, with the value that changes nothing.
-AFTER_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -78,13 +76,10 @@ def attach(model, chunk: int = LOSS_CHUNK) -> None:
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    config = model.config.get_text_config()
-    for key, neutral in AFTER_THE_HEAD.items():
-        if getattr(config, key, neutral) not in (neutral, None):
-            raise UserError(
-                f"the model's {key} changes its logits, which training.loss chunked does not know; set "
-                "stock"
-            )
+    for key in models.after_the_head(model.config.get_text_config()):
+        raise UserError(
+            f"the model's {key} changes its logits, which training.loss chunked does not know; set stock"
+        )
     head = model.get_output_embeddings()
     if hasattr(head, "modules_to_save"):
         head = head.modules_to_save["default"]

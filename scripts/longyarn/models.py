@@ -12,6 +12,13 @@ import numpy as np
 from longyarn import manifest
 from longyarn.cli import UserError, first_line
 
+# By the setting of Granite, Cohere and Gemma: the value that changes nothing, and what another one does.
+AFTER_THE_HEAD = {
+    "logits_scaling": (1, lambda logits, value: logits / value),
+    "logit_scale": (1, lambda logits, value: logits * value),
+    "final_logit_softcapping": (None, lambda logits, value: (logits / value).tanh() * value),
+}
+
 
 def load_config(model_directory: Path, rope_path: Path, trust_remote_code: bool = False):
     """Return the transformers configuration of a model with the RoPE of the manifest ``rope_path``.
@@ -176,19 +183,17 @@ def check_rotation(model, facts: dict) -> None:
         raise UserError("the model has no rotary embedding with inv_freq, so its RoPE is unproved")
 
 
-def logits(model, states):
-    """Return the logits of hidden states (…, hidden_size) as the model makes them, in float32.
+def after_the_head(config) -> dict[str, float]:
+    """Return the settings by which a model changes its logits after the output head, with their values."""
+    values = {key: getattr(config, key, None) for key in AFTER_THE_HEAD}
+    return {k: v for k, v in values.items() if v not in (None, AFTER_THE_HEAD[k][0])}
 
-    The settings are Granite's, Cohere's and Gemma's, by which they change them after the output head.
-    """
-    config = model.config.get_text_config()
+
+def logits(model, states):
+    """Return the logits of hidden states (…, hidden_size) as the model makes them, in float32."""
     found = model.get_output_embeddings()(states).float()
-    if scaling := getattr(config, "logits_scaling", None):
-        found = found / scaling
-    if scale := getattr(config, "logit_scale", None):
-        found = found * scale
-    if cap := getattr(config, "final_logit_softcapping", None):
-        found = (found / cap).tanh() * cap
+    for key, value in after_the_head(model.config.get_text_config()).items():
+        found = AFTER_THE_HEAD[key][1](found, value)
     return found
 
 

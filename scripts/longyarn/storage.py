@@ -23,16 +23,8 @@ KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 WIDTHS = {kind: dtype.itemsize for kind, dtype in DTYPES.items()}
 # Models' own, of which NumPy has not all.
 WIDTHS |= {
-    "I8": 1,
-    "I16": 2,
-    "U32": 4,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "BF16": 2,
-    "F16": 2,
-    "F32": 4,
-    "F64": 8,
-}
+    "I8": 1, "I16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8,
+}  # fmt: skip
 TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 ALIGNMENT = 8
 BLOCK = 1 << 24  # bytes
