@@ -12,8 +12,8 @@ from pathlib import Path
 
 from longyarn import comparisons, figures, manifest, verdict
 from longyarn.cli import UserError, program
+from longyarn.evaluation import INSTRUMENTS
 
-INSTRUMENTS = ("perplexity", "passkey", "harness")
 STAGES = {
     "base": "download_model", "corpus": "download_corpus", "tokens": "tokenise", "pack": "pack",
     "train": "train", "merge": "merge",

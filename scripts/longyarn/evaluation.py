@@ -6,6 +6,8 @@ from pathlib import Path
 from longyarn import manifest, models
 from longyarn.cli import UserError, set_up_torch
 
+INSTRUMENTS = ("perplexity", "passkey", "harness")  # the stages that look at a variant
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a variant and say how to load it."""

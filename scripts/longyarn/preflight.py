@@ -17,6 +17,7 @@ from pathlib import Path
 
 from longyarn import containers, requests, sweep
 from longyarn.cli import UserError, first_line
+from longyarn.evaluation import INSTRUMENTS
 
 IS_OK, NOT_CHECKED, IS_WRONG = "ok", "not checked", "error"
 
@@ -467,7 +468,7 @@ def minutes_of(limit: str) -> float:
 
 
 # What may run beside a run that trains, when one of its checkpoints is looked at.
-AFTER_CHECKPOINT = ("merge", "perplexity", "passkey", "harness")
+AFTER_CHECKPOINT = ("merge", *INSTRUMENTS)
 
 
 def command(run: Run) -> str:

@@ -13,6 +13,7 @@ import yaml
 from longyarn import estimate, shapes
 from longyarn.cli import UserError
 from longyarn.config import configurations, parts, within
+from longyarn.evaluation import INSTRUMENTS
 from longyarn.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +34,6 @@ CPU_RATE = 5.1e10
 # Where the model's shape or the number of tokens is unknown: 13B with LoRA, and a day.
 UNKNOWN = {"mem_mb": 64_000, "runtime": 24 * 60}
 GPUS_OF_A_MACHINE = 8
-INSTRUMENTS = ("perplexity", "passkey", "harness")
 
 
 def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
