@@ -8,7 +8,7 @@ computed once: `owner` in common.smk tells where it lies. Nothing else asks for 
 rule sweep:
     input:
         rope=f"{RUN}/rope/{TRAINED_ROPE}.json",
-        trained=expand(f"{RUN}/{{cell}}trained.json", cell=CELLS),
+        train=expand(f"{RUN}/{{cell}}trained.json", cell=CELLS),
         perplexity=expand(f"{RUN}/{{cell}}perplexity/trained.json", cell=CELLS),
         passkey=expand(f"{RUN}/{{cell}}passkey/trained.json", cell=CELLS),
     output:
@@ -26,7 +26,9 @@ rule sweep:
     params:
         code=code("sweep"),
         cells=as_json(sweep.all_changes(config)),
+        benchmarks=f"{RUN}/benchmarks",
     shell:
-        "python scripts/sweep.py --rope {input.rope} --cells {params.cells}"
+        "python scripts/sweep.py --rope {input.rope} --cells {params.cells} --train {input.train:q}"
+        " --perplexity {input.perplexity:q} --passkey {input.passkey:q} --benchmarks {params.benchmarks:q}"
         " --json {output.json} --page {output.page} --png {output.png} --svg {output.svg}"
         " 2>&1 | tee {log}"

@@ -20,6 +20,7 @@ from longyarn.cli import UserError, program
 from longyarn.verdict import between, percent, significant
 
 DEFAULT = "default"
+STAGES = ("train", "perplexity", "passkey")
 
 
 def main() -> None:
@@ -28,7 +29,16 @@ def main() -> None:
     parser.add_argument(
         "--cells", type=json.loads, required=True, help="the changes of each cell, as JSON"
     )
-    parser.add_argument("--json", type=Path, required=True, help="JSON file to write, in the run")
+    for name in STAGES:
+        parser.add_argument(
+            f"--{name}",
+            type=Path,
+            nargs="+",
+            required=True,
+            help="a manifest of each cell, in order",
+        )
+    parser.add_argument("--benchmarks", type=Path, required=True, help="directory of job timings")
+    parser.add_argument("--json", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--page", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--png", type=Path, required=True, help="figure to write")
     parser.add_argument("--svg", type=Path, required=True, help="the same as SVG")
@@ -37,7 +47,11 @@ def main() -> None:
         raise UserError("sweep.factors has nothing that differs from the configuration; state some")
 
     changes = {name_of(cell): cell for cell in arguments.cells}
-    found = assemble(arguments.json.parent, changes, manifest.read_facts(arguments.rope))
+    facts = {
+        stage: dict(zip(changes, map(manifest.read_facts, getattr(arguments, stage)), strict=True))
+        for stage in STAGES
+    }
+    found = assemble(changes, manifest.read_facts(arguments.rope), facts, arguments.benchmarks)
     manifest.write_json(arguments.json, found)
     manifest.write_text(arguments.page, page(found, arguments.png.name))
     draw(found, arguments.png, arguments.svg)
@@ -49,31 +63,27 @@ def name_of(changes: dict) -> str:
     return Path(sweep.directory(changes)).name or DEFAULT
 
 
-def assemble(run: Path, changes: dict[str, dict], rope: dict) -> dict:
-    """Return sweep.json: lengths, cells, and the spread of the seeds; docs/sweeps.md has its keys."""
-    places = {name: sweep.directory(cell) for name, cell in changes.items()}
-    read = {
-        stage: {
-            name: manifest.read_facts(run / place / f"{stage}.json")
-            for name, place in places.items()
-        }
-        for stage in ("trained", "perplexity/trained", "passkey/trained")
-    }
+def assemble(changes: dict[str, dict], rope: dict, facts: dict, benchmarks: Path) -> dict:
+    """Return sweep.json: lengths, cells, and the spread of the seeds; docs/sweeps.md has its keys.
+
+    ``facts`` are those of each cell by stage; ``benchmarks`` has the timings of jobs, named by directory.
+    """
+    trained = {name: f"{sweep.directory(cell)}train" for name, cell in changes.items()}
     shown = verdict.Figures(
         original=rope["original_max_position_embeddings"],
         target=rope["max_position_embeddings"],
-        perplexity=read["perplexity/trained"],
-        passkey={name: facts["grid"] for name, facts in read["passkey/trained"].items()},
+        perplexity=facts["perplexity"],
+        passkey={name: found["grid"] for name, found in facts["passkey"].items()},
     )
-    seconds = report.timings(run / "benchmarks", [f"{place}train" for place in places.values()])
+    seconds = report.timings(benchmarks, list(trained.values()))
     cells = {
         name: {
             "changes": cell,
             "figures": {
                 str(length): against_default(shown, name, length) for length in lengths(shown)
             },
-            "tokens_seen": read["trained"][name]["tokens_seen"],
-            "train_seconds": seconds.get(f"{places[name]}train", {}).get("seconds"),
+            "tokens_seen": facts["train"][name]["tokens_seen"],
+            "train_seconds": seconds.get(trained[name], {}).get("seconds"),
         }
         for name, cell in changes.items()
     }

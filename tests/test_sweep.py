@@ -150,6 +150,12 @@ def made(directory, values: dict) -> list:
         "json": "sweep.json", "page": "sweep.md", "png": "sweep.png", "svg": "sweep.svg",
     }  # fmt: skip
     words = ["--rope", directory / "rope.json", "--cells", cells]
+    places = [directory / sweep.directory(dict(changes)) for changes in values]
+    for stage_, name in (
+        ("train", "trained"), ("perplexity", "perplexity/trained"), ("passkey", "passkey/trained"),
+    ):  # fmt: skip
+        words += [f"--{stage_}", *(place / f"{name}.json" for place in places)]
+    words += ["--benchmarks", directory / "benchmarks"]
     return [*words, *(part for k, v in outputs.items() for part in (f"--{k}", directory / v))]
 
 
