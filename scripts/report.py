@@ -122,7 +122,7 @@ def assemble(
         passkey={variant: found["grid"] for variant, found in of["passkey"].items()},
     )
     links, broken = chain(manifests, hashes, trained_rope)
-    return portable(
+    return manifest.portable(
         {
             "verdict": verdict.judge(shown, thresholds),
             "warnings": [
@@ -356,17 +356,6 @@ def number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def portable(value: object) -> object:
-    """Return a copy in which a path of this machine is its last part only."""
-    if isinstance(value, dict):
-        return {key: portable(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [portable(one) for one in value]
-    if isinstance(value, str) and value.startswith(("/", "~")):
-        return Path(value).name
-    return value
 
 
 def page(template: Path, report: dict, images: dict) -> str:

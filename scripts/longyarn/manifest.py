@@ -90,12 +90,12 @@ def write(
     """Write a stage's manifest, atomically and last, when its payload is complete.
 
     ``files`` lie below the manifest's directory; ``facts`` are the figures that later stages and
-    the report read.
+    the report read. Of an absolute path in ``settings`` or ``facts`` the last part is written.
     """
     path = Path(path)
     manifest = {
         "stage": Path(script).stem,
-        "settings": settings,
+        "settings": portable(settings),
         "inputs": {name: sha256(source) for name, source in sorted(inputs.items())},
         "files": {
             Path(os.path.relpath(file, path.parent)).as_posix(): {
@@ -104,13 +104,24 @@ def write(
             }
             for file in sorted(map(Path, files))
         },
-        "facts": facts,
+        "facts": portable(facts),
         "code": code_hash(script),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     write_json(path, manifest)
     return manifest
+
+
+def portable(value: object) -> object:
+    """Return a copy in which a path of this machine is its last part only."""
+    if isinstance(value, dict):
+        return {key: portable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(one) for one in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return Path(value).name
+    return value
 
 
 def write_json(path: Path, value: object) -> None:
