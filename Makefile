@@ -59,8 +59,9 @@ $(VENV)/.harness: $(VENV)/.run envs/harness.txt
 	touch $@
 
 # Suites that need Debian packages skip without them, and say so; test-slurm installs SLURM, as root.
+# In two processes, each with whole suites, in the order of tests/conftest.py.
 test: setup-dev setup-slurm setup-harness
-	python -m pytest tests
+	python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slurm: setup-dev setup-slurm
 	tests/slurm/install
@@ -76,8 +77,10 @@ lint: setup-dev
 	snakefmt --check Snakefile rules
 	snakemake --lint
 
+# All rows, or some: make bench ROWS="noop_vs_version passkey_vs_generate".
+ROWS ?=
 bench: setup-dev
-	python benchmarks/run.py
+	python benchmarks/run.py $(ROWS)
 
 # What needs the network; and what can be checked before the first job (docs/cluster.md).
 prefetch preflight: setup

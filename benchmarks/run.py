@@ -1,9 +1,10 @@
 """Run the benchmarks: each compares two things in turn on this machine and reports the ratio.
 
-Prints a table and writes ``benchmarks/results.json``. A ratio is the median of the pairs' ratios, so
-that a machine whose speed drifts does not tilt it.
+Prints a table and writes ``benchmarks/results.json``; of that, only the rows that are named, where some
+are. A ratio is the median of the pairs' ratios, so that a machine whose speed drifts does not tilt it.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ import perplexity_curve
 import training_speed
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results.json"
 PAIRS = 7
 DRY_SWEEP = ["snakemake", "-n", "sweep", "--config", "run=nothing-done"]
 
@@ -78,60 +80,74 @@ def machine() -> str:
     return f"{os.cpu_count()} × {model}, {platform.system()}, Python {platform.python_version()}"
 
 
+def seconds_taken(time: float) -> str:
+    """Write a time."""
+    return f"{time:.2f} s"
+
+
+def mebibytes(size: float) -> str:
+    """Write a size."""
+    return f"{size / 2**20:.0f} MiB"
+
+
+# Each row's goal, and how it is measured.
+ROWS = {
+    "noop_vs_version": ("<= 2", compare, ["snakemake"], ["snakemake", "--version"]),
+    "sweep_24_cells_vs_1": (
+        "<= 2", compare, [*DRY_SWEEP, "--configfile", "benchmarks/sweep.yaml"], DRY_SWEEP,
+    ),
+    "chunked_loss_memory_vs_stock": ("<= 0.35", measured, chunked_loss, mebibytes),
+    "train_vs_bare_loop": (">= 0.95", measured, training_speed, tokens_a_second),
+    "train_vs_llamafactory": (">= 1.1", measured, llamafactory, tokens_a_second),
+    "pack_vs_encode_batch": (">= 0.85", measured, packing_speed, tokens_a_second),
+    "pack_vs_trl": (">= 1", measured, packing_others, tokens_a_second, "trl"),
+    "pack_vs_datasets_map": (">= 1", measured, packing_others, tokens_a_second, "map"),
+    "pack_memory_1_gb_vs_0.1_gb": ("<= 1.5", measured, packing_memory, mebibytes),
+    "merge_memory_vs_peft": ("<= 0.3", measured, merging, mebibytes, "memory"),
+    "merge_time_vs_peft": ("<= 1", measured, merging, seconds_taken, "time"),
+    "ppl_curve_vs_pass_per_length": ("<= 0.15", measured, perplexity_curve, seconds_taken),
+    "passkey_vs_generate": ("<= 0.4", measured, passkey_speed, seconds_taken),
+}  # fmt: skip
+
+
+def kept(names: list[str]) -> dict[str, dict]:
+    """Return the rows of ``results.json`` that stay because they are not to be measured."""
+    if set(names) == set(ROWS) or not RESULTS.is_file():
+        return {}
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if before["machine"] != machine():
+        sys.exit(
+            f"error: {RESULTS.name} is of another machine, {before['machine']}, and a table is of one; "
+            "measure all rows, by `make bench`"
+        )
+    return {row["name"]: row for row in before["results"] if row["name"] not in names}
+
+
 def main() -> None:
-    """Run all benchmarks; the default run must be finished, so that a no-op run is one."""
+    """Run the benchmarks; the default run must be finished, so that a no-op run is one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default: all"
+    )
+    names = parser.parse_args().rows or list(ROWS)
+    if unknown := set(names) - ROWS.keys():
+        parser.error(f"no row is named {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    rows = kept(names)
     dry = subprocess.run(["snakemake", "-n"], cwd=ROOT, capture_output=True, text=True)
     if "Nothing to be done" not in dry.stdout + dry.stderr:
         sys.exit("error: the default run is not finished; run `make` first, then `make bench`")
-    results = [
-        compare("noop_vs_version", "<= 2", ["snakemake"], ["snakemake", "--version"]),
-        compare(
-            "sweep_24_cells_vs_1",
-            "<= 2",
-            [*DRY_SWEEP, "--configfile", "benchmarks/sweep.yaml"],
-            DRY_SWEEP,
-        ),
-        measured(
-            "chunked_loss_memory_vs_stock",
-            "<= 0.35",
-            chunked_loss,
-            lambda size: f"{size / 2**30:.2f} GiB",
-        ),
-        measured("train_vs_bare_loop", ">= 0.95", training_speed, tokens_a_second),
-        measured("passkey_vs_generate", "<= 0.4", passkey_speed, lambda time: f"{time:.1f} s"),
-        measured("pack_vs_encode_batch", ">= 0.85", packing_speed, tokens_a_second),
-        measured("pack_vs_trl", ">= 1", packing_others, tokens_a_second, "trl"),
-        measured("pack_vs_datasets_map", ">= 1", packing_others, tokens_a_second, "map"),
-        measured(
-            "pack_memory_1_gb_vs_0.1_gb",
-            "<= 1.5",
-            packing_memory,
-            lambda size: f"{size / 2**20:.0f} MiB",
-        ),
-        measured(
-            "merge_memory_vs_peft",
-            "<= 0.3",
-            merging,
-            lambda size: f"{size / 2**20:.0f} MiB",
-            "memory",
-        ),
-        measured("merge_time_vs_peft", "<= 1", merging, lambda time: f"{time:.1f} s", "time"),
-        measured(
-            "ppl_curve_vs_pass_per_length",
-            "<= 0.15",
-            perplexity_curve,
-            lambda taken: f"{taken:.2f} s",
-        ),
-    ]
-    try:
-        results.append(measured("train_vs_llamafactory", ">= 1.1", llamafactory, tokens_a_second))
-    except llamafactory.NotInstalled as reason:
-        print(f"train_vs_llamafactory: not measured, LLaMA-Factory cannot be installed: {reason}")
-    for row in results:
-        print(f"{row['name']:30} {row['ratio']:8.3f}  goal {row['goal']:8}", end="")
-        print(f" ours {row['ours']:10} other {row['other']:10} {row['command']}")
+    for name in names:
+        goal, how, *what = ROWS[name]
+        try:
+            rows[name] = row = how(name, goal, *what)
+        except llamafactory.NotInstalled as reason:
+            print(f"{name}: not measured, LLaMA-Factory cannot be installed: {reason}")
+            continue
+        print(f"{name:30} {row['ratio']:8.3f}  goal {goal:8}", end="")
+        print(f" ours {row['ours']:10} other {row['other']:10} {row['command']}", flush=True)
+    results = [rows[name] for name in ROWS if name in rows]
     text = json.dumps({"machine": machine(), "results": results}, indent=1) + "\n"
-    (ROOT / "benchmarks" / "results.json").write_text(text, encoding="utf-8")
+    RESULTS.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,15 @@ PARTS = (
 )
 
 
+# So long that with several processes they must not come last.
+LONGEST = ("test_containers", "test_slurm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest suites first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 class Workspace:
     """A copy of the repository in which Snakemake runs, sharing the cache of downloads."""
 
@@ -116,7 +125,7 @@ def hub():
         yield hub
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A real SLURM of two nodes on this machine; skips with the reason where it cannot be had."""
     if reason := unavailable():
