@@ -18,6 +18,7 @@ rule export:
         f"{RUN}/logs/export.log",
     benchmark:
         f"{RUN}/benchmarks/export.tsv"
+    priority: 1  # before the gate, which ends a run that it fails
     resources:
         mem_mb=request("export", "mem_mb"),
         runtime=request("export", "runtime"),

@@ -22,5 +22,5 @@ rule push:
         private="--private" if config["export"]["private"] else "",
     shell:
         "python scripts/push.py --export {input.export} --gate {input.gate}"
-        " --repository {params.repository:q} {params.private} --manifest {output.manifest}"
+        " --repository={params.repository:q} {params.private} --manifest {output.manifest}"
         " 2>&1 | tee {log}"

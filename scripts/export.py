@@ -80,6 +80,7 @@ def config_for_all(source: Path, rope: dict, trust_remote_code: bool) -> dict:
     from transformers import AutoConfig
 
     loaded = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    models.check_config(loaded, rope, source / "config.json")
     head_dim = getattr(loaded, "head_dim", None)
     head_dim = head_dim or loaded.hidden_size // loaded.num_attention_heads
     config = manifest.read_json(source / "config.json")

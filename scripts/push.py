@@ -1,4 +1,4 @@
-"""Push the exported model to the Hugging Face hub, in one commit, and compare what is there with the manifest.
+"""Push the exported model to the Hugging Face hub, in one commit, and compare what is there then.
 
 The repository is made where there is none. A token is found as huggingface_hub finds it: HF_TOKEN, or
 `hf auth login`. Only a run that passed the gate is pushed.
@@ -25,9 +25,7 @@ def main() -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
     arguments = parser.parse_args()
-    if not arguments.repository:
-        raise UserError("export.repository is null; set it to owner/name on the hub to push there")
-
+    check_destination(arguments.repository)
     exported, gate = manifest.read(arguments.export), manifest.read(arguments.gate)
     if gate["inputs"]["merge"] != exported["inputs"]["merge"]:
         raise UserError(
@@ -48,18 +46,26 @@ def main() -> None:
     print(f"push: {arguments.repository} is at the commit {commit}", file=sys.stderr)
 
 
+def check_destination(repository: str | None) -> None:
+    """Stop where no repository is named, or there is no token to write to it with."""
+    from huggingface_hub import get_token
+
+    if not repository:
+        raise UserError("export.repository is null; set it to owner/name on the hub to push there")
+    if not get_token():
+        raise UserError(
+            f"there is no token to push to {repository} with; log in with `hf auth login`, or set HF_TOKEN"
+        )
+
+
 def upload(repository: str, private: bool, directory: Path, files: dict) -> str:
     """Make the repository where it is missing, commit the files to it, and return the commit.
 
     Where nothing has changed it is the commit that was there before.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import disable_progress_bars
 
-    if not get_token():
-        raise UserError(
-            f"there is no token to push to {repository} with; log in with `hf auth login`, or set HF_TOKEN"
-        )
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi()
@@ -105,6 +111,11 @@ def errors(repository: str) -> Iterator[None]:
     except HFValidationError as error:
         raise UserError(
             f"export.repository {repository} is no name that the hub takes ({first_line(error)}); mend it"
+        ) from None
+    except ValueError as error:  # raised with the hub's own words on the card
+        words = " ".join(str(error).split())
+        raise UserError(
+            f"the hub does not take the model card ({words}); mend section export"
         ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code

@@ -17,7 +17,7 @@ from longyarn import manifest
 REQUIREMENTS = ROOT / "tests" / "transformers4.txt"
 VERSION = "4.57.6"
 
-# Logits of the first row of each model's tokens, its RoPE and its tokenizer's ids of a text.
+# Logits of each model, its RoPE, and its tokenizer's ids of a text.
 PROGRAM = """
 import json, sys
 import torch, transformers
@@ -62,8 +62,8 @@ def packages() -> Path:
     return directory
 
 
-def run(version: str, asked: dict[str, dict], directory: Path) -> tuple[dict, dict]:
-    """Load models with a version of transformers; return the logits and the facts of each by its name.
+def run(asked: dict[str, dict], directory: Path) -> tuple[dict, dict]:
+    """Load models with transformers 4; return the logits and the facts of each by its name.
 
     ``asked`` has of each ``model``, ``tokens`` and perhaps a ``text`` for its tokenizer.
     """
@@ -71,12 +71,10 @@ def run(version: str, asked: dict[str, dict], directory: Path) -> tuple[dict, di
 
     directory.mkdir()
     (directory / "asked.json").write_text(json.dumps(asked, default=str))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_XET": "1"}
-    if version == VERSION:
-        environment["PYTHONPATH"] = str(packages())
+    environment = os.environ | {"PYTHONPATH": str(packages()), "HF_HUB_OFFLINE": "1"}
     files = [directory / name for name in ("asked.json", "logits.safetensors", "facts.json")]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, version, *map(str, files)],
+        [sys.executable, "-c", PROGRAM, VERSION, *map(str, files)],
         env=environment, cwd=directory, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

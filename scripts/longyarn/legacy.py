@@ -22,7 +22,9 @@ def rope_keys(model_type: str, parameters: dict) -> dict:
     if scaled and model_type in UNSCALED:
         return {}
     names = NAMES.get(model_type, APART)
-    found = {name: parameters[key] for name, key in zip(names, APART, strict=True) if key in parameters}
+    found = {
+        name: parameters[key] for name, key in zip(names, APART, strict=True) if key in parameters
+    }
     return found | ({"rope_scaling": scaling} if scaled else {})
 
 

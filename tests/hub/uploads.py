@@ -54,11 +54,13 @@ def create(answer, asked: dict) -> None:
     owner, kind = asked["organization"], f"{asked.get('type', 'model')}s"
     name = f"{owner}/{asked['name']}"
     may_write(answer, owner)
+    found = {"url": f"{answer.hub.address}/{name}", "name": name, "id": "0" * 24}
     if (kind, name) in answer.hub.repositories:
-        raise answer.refused(409, message="You already created this model repo")
+        words = json.dumps(found | {"error": "You already created this model repo"})
+        return answer.send(409, words.encode(), {"Content-Type": "application/json"})
     private = asked.get("visibility") == "private"
     answer.hub.new(kind, name, private=private, readers=(answer.record.token,))
-    answer.send_json({"url": f"{answer.hub.address}/{name}", "name": name, "id": "0" * 24})
+    answer.send_json(found)
 
 
 def validate(answer, content: str) -> None:
