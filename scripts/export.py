@@ -8,6 +8,7 @@ says. The card comes from report.json, so that equal runs have equal cards.
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from longyarn import card, legacy, manifest, models
@@ -108,8 +109,14 @@ def check(directory: Path, rope: dict, trust_remote_code: bool) -> None:
         models.check_config(config, rope, Path("config.json"))
         with torch.device("meta"):  # the weights take no memory
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        rotary = [type(one)(one.config) for one in model.modules() if hasattr(one, "inv_freq")]
-        models.check_rotation(torch.nn.ModuleList(rotary), rope)
+        rotary = [one for one in model.modules() if hasattr(one, "inv_freq")]
+        if trust_remote_code and not all(hasattr(one, "config") for one in rotary):
+            print(
+                "export: RoPE is built by the model's own code, and not compared", file=sys.stderr
+            )
+            return
+        built = torch.nn.ModuleList(type(one)(one.config) for one in rotary)
+        models.check_rotation(built, rope)
     except UserError as error:
         raise UserError(
             f"the exported config.json of a {config.model_type} model would not run as it was trained "
