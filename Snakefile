@@ -2,7 +2,7 @@
 
 The stages, in order; each is rules/X.smk with scripts/X.py and targets a manifest:
 download_model, download_corpus, patch_rope, tokenise, pack, train, merge, perplexity, passkey, report,
-gate.
+gate, export; push is a target of its own.
 """
 
 from snakemake.utils import min_version
@@ -32,6 +32,8 @@ include: "rules/passkey.smk"
 include: "rules/harness.smk"
 include: "rules/report.smk"
 include: "rules/gate.smk"
+include: "rules/export.smk"
+include: "rules/push.smk"
 include: "rules/sweep.smk"
 include: "rules/micro_base.smk"
 include: "rules/plan.smk"
@@ -50,15 +52,18 @@ localrules:
     download_corpus,
     checkpoint,
     gate,
+    push,
 
 
 rule all:
-    """The report, the model that it is about, and the gate that it passed."""
+    """The report, the model that it is about, to publish too, and the gate that it passed."""
     default_target: True
     input:
         f"{RUN}/report.html",
         f"{RUN}/merged.json",
         f"{RUN}/merged",
+        f"{RUN}/export.json",
+        f"{RUN}/export",
         f"{RUN}/verified.json",
 
 

@@ -5,13 +5,12 @@ hub's hash where it comes from there, and for being whole in any case.
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
 from longyarn import hub, manifest, models
 from longyarn.cli import UserError, program, require_space
+from longyarn.links import link_or_copy
 
 # What a change of a local model is noticed by; of the tensors, those are taken that the index names.
 WANTED = (*hub.SMALL, *hub.CODE, f"*{hub.TENSORS}")
@@ -126,14 +125,6 @@ def check_code(source: Path) -> None:
                         f"auto_map in {source / name} names code of another repository, {part}; copy that "
                         f"code beside the model and write {part.rpartition('--')[2]}"
                     )
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Link a file into the run, which costs no disk, or copy it from another file system."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 if __name__ == "__main__":

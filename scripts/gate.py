@@ -12,8 +12,7 @@ from pathlib import Path
 
 from longyarn import manifest
 from longyarn.cli import UserError, program
-from longyarn.thresholds import NEEDS
-from longyarn.verdict import clause, percent
+from longyarn.gating import compare, missed
 
 
 def main() -> None:
@@ -31,9 +30,7 @@ def main() -> None:
     verdict = manifest.read_json(arguments.report)["verdict"]
     merged = manifest.read_facts(arguments.merge)
     compared = compare(thresholds, verdict, merged["merge_error"], merged["merge_error_tensor"])
-    missed = [one for one in compared if not one["passed"]]
-    if missed:
-        said = "; and ".join(f"{one['sentence']} (verify.{one['threshold']})" for one in missed)
+    if said := missed(compared):
         manifest.write_text(arguments.mark, f"{said}.\n")
         raise UserError(
             f"this run is not verified, because {said}; {arguments.mark} marks it, and its files are "
@@ -49,35 +46,6 @@ def main() -> None:
         facts={"compared": compared},
     )
     print(in_words(compared), file=sys.stderr)
-
-
-def compare(thresholds: dict, verdict: dict, error: float, tensor: str | None) -> list[dict]:
-    """Return for each threshold asked ``threshold``, ``passed``, ``decided`` and a ``sentence``.
-
-    ``verdict`` is that of report.json, ``error`` what the merge lost, in ``tensor``. A check that means
-    nothing, because RoPE was not extended, is left out; one that could not be made is missed.
-    """
-    asked = {key: limit for key, limit in thresholds.items() if limit is not None}
-    outcomes = {
-        check["name"]: (check["passed"], check["decided"], clause(check["sentence"]))
-        for check in verdict["checks"]
-    }
-    outcomes |= {gap["name"]: (False, False, gap["reason"]) for gap in verdict["not_checked"]}
-    found = {
-        key: outcomes[needs.check]
-        for key, needs in NEEDS.items()
-        if key in asked and needs.check in outcomes
-    }
-    if "merge_error" in asked:
-        sentence = (
-            f"rounding took {percent(error)} of what training changed in {tensor or 'any tensor'}, where "
-            f"at most {percent(asked['merge_error'])} is asked (merge.dtype: fp32 loses least)"
-        )
-        found["merge_error"] = (error <= asked["merge_error"], True, sentence)
-    return [
-        {"threshold": key, "passed": passed, "decided": decided, "sentence": said}
-        for key, (passed, decided, said) in found.items()
-    ]
 
 
 def in_words(compared: list[dict]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from longyarn import attempts, deltas, manifest, models, storage
 from longyarn.cli import UserError, program, progress, require_space, set_up_torch
+from longyarn.links import link_or_copy
 
 BLOCK = 1 << 22  # elements that are in memory at once, in float32
 KINDS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -68,7 +69,7 @@ def main() -> None:
         loss = loss.or_worse(merge.once(shard, work / shard.name))
     with manifest.new_directory(arguments.output) as directory:
         for shard in shards:
-            attempts.link(work / shard.name, directory / shard.name)
+            link_or_copy(work / shard.name, directory / shard.name)
         copy_index(weights, directory)
         copy_rest(source, directory, rope, arguments.dtype)
     files = sorted(arguments.output.glob("[!.]*"))

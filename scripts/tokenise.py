@@ -22,6 +22,7 @@ import numpy as np
 
 from longyarn import attempts, chat, documents, manifest, models, storage, tokenising
 from longyarn.cli import UserError, program, token_progress
+from longyarn.links import link_or_copy
 from longyarn.tokens import DUPLICATE, HELD_OUT, INDEX, TRAINING
 
 SHOWN = 20  # ids in the manifest of duplicates that were dropped
@@ -63,7 +64,7 @@ def main() -> None:
     with manifest.new_directory(arguments.output) as directory:
         storage.write(directory / INDEX, index)
         for unit in units:
-            attempts.link(unit.output, directory / unit.output.name)
+            link_or_copy(unit.output, directory / unit.output.name)
     manifest.write(
         arguments.manifest,
         script=Path(__file__),

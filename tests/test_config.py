@@ -229,6 +229,13 @@ MISTAKES = [
         {"training.mode": "full", "training.lora.train_norms": True},
         "training.lora.train_norms belongs to training.mode lora",
     ),
+    ({"export.repository": "owl"}, "'export.repository' is \"owl\", but is not of the form asked"),
+    ({"export.repository": "datasets/me/owl"}, 'export.repository\' is "datasets/me/owl", but is'),
+    (
+        {"export.license": "Apache 2.0"},
+        "'export.license' is \"Apache 2.0\", but is not of the form",
+    ),
+    ({"export.language": "en"}, "'export.language' is \"en\", but must be a list or null"),
 ]
 
 

@@ -136,7 +136,12 @@ def test_a_missed_threshold_fails_the_run_and_keeps_its_files(finished_copy):
     error = next(line for line in done.stdout.splitlines() if line.startswith("error: "))
     assert "verify.perplexity_ratio" in one_sentence(error)
     assert (made / "merged/model.safetensors").is_file()
-    assert "times its own at 512" in (made / "NOT_VERIFIED.txt").read_text()
+    reasons = (made / "NOT_VERIFIED.txt").read_text().strip()
+    assert "times its own at 512" in reasons
+    # It is exported all the same, and its card says why it is not verified, in the gate's own words.
+    card = (made / "export/README.md").read_text()
+    assert f"**This model is not verified**, because {reasons}" in card
+    assert finished_copy.planned(asked, "push") == {"gate": 1, "push": 1}
     assert not (made / "verified.json").exists()
     assert finished_copy.planned(asked) == {"gate": 1}
     finished_copy.snakemake()

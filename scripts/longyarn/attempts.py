@@ -156,11 +156,3 @@ def remove_older(attempt: Path) -> None:
 def describe(checkpoint: Path) -> str:
     """Return a checkpoint's name as a log line has it."""
     return os.path.join(checkpoint.parent.name, checkpoint.name)
-
-
-def link(source: Path, target: Path) -> None:
-    """Put a file at another place too: by a hard link, or as a copy where the disk is another."""
-    with contextlib.suppress(OSError):
-        os.link(source, target)
-        return
-    shutil.copyfile(source, target)

@@ -288,6 +288,20 @@ def corpus(run: Run) -> str:
     return ", ".join(told)
 
 
+def destination(run: Run) -> str:
+    """There is a repository to push to, and a token."""
+    if not run.has("push"):
+        raise NotChecked("nothing is to be pushed")
+    import push
+
+    repository = run.config["export"]["repository"]
+    try:
+        push.check_destination(repository)
+    except ModuleNotFoundError as error:
+        raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
+    return repository
+
+
 def lm_eval(run: Run) -> str:
     """lm_eval is installed and has the tasks asked for; the images have it."""
     if not run.has("harness"):
@@ -500,6 +514,7 @@ CHECKS: tuple[Callable[[Run], str], ...] = (
     disk,
     hub,
     corpus,
+    destination,
     lm_eval,
     slurm,
     walltime,

@@ -9,6 +9,8 @@ the hub's refusals. Commits are hashes of what they hold, so two servers of one 
         hub.cut("model.safetensors", after=1000)
         subprocess.run(…, env=os.environ | hub.environment(tmp_path))
         hub.sent("model.safetensors")  # bytes
+
+What a client that writes asks is answered by uploads.py.
 """
 
 import hashlib
@@ -22,6 +24,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from hub import uploads
 
 DATE = "2026-01-01T00:00:00.000Z"
 PIECE = 1 << 16  # bytes
@@ -77,7 +81,11 @@ class Repository:
             if path.is_file():
                 name = path.relative_to(directory).as_posix()
                 files[name] = Blob(name, path.read_bytes(), path.suffix in LARGE)
-        listing = "".join(f"{blob.oid} {name}\n" for name, blob in files.items())
+        return self.add(files, branch)
+
+    def add(self, files: dict[str, Blob], branch: str = "main") -> str:
+        """Make a commit of these files, let ``branch`` name it, and return it."""
+        listing = "".join(f"{blob.oid} {name}\n" for name, blob in sorted(files.items()))
         commit = hashlib.sha1(f"{self.name}\n{listing}".encode()).hexdigest()
         self.commits[commit], self.refs[branch] = files, commit
         return commit
@@ -114,6 +122,8 @@ class Hub:
         self.page = page  # entries of a tree in one answer
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.tokens: set[str] = set()
+        self.owners: dict[str, tuple[str, ...]] = {}  # by token, below whom it writes
+        self.uploaded: dict[str, bytes] = {}  # objects of LFS by their hash
         self.faults: dict[str, Fault] = {}
         self.requests: list[Request] = []
         self.lock = threading.Lock()
@@ -145,11 +155,22 @@ class Hub:
         return self._add("datasets", name, directory, access)
 
     def _add(self, kind: str, name: str, directory: Path, access: dict) -> Repository:
-        repository = Repository(kind, name, **access)
+        repository = self.new(kind, name, **access)
         repository.push(directory)
+        return repository
+
+    def new(self, kind: str, name: str, **access) -> Repository:
+        """Serve a repository with nothing in it yet; ``kind`` is models or datasets."""
+        repository = Repository(kind, name, **access)
+        repository.add({})
         self.repositories[kind, name] = repository
         self.tokens |= set(repository.readers)
         return repository
+
+    def allow(self, token: str, *owners: str) -> None:
+        """Let a token write below these owners, and make repositories there."""
+        self.owners[token] = owners
+        self.tokens.add(token)
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
         """Return the variables with which the clients, in a process of their own, ask this hub."""
@@ -221,12 +242,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.respond()
 
+    def do_PUT(self) -> None:
+        self.respond()
+
     def log_message(self, *arguments) -> None:
         pass
 
     def respond(self) -> None:
         """Answer a request, and note it."""
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body = self.read_body()
         authorization = self.headers.get("Authorization", "")
         token = authorization.removeprefix("Bearer ") or None
         self.record = Request(self.command, self.path, self.headers.get("Range"), token, 0)
@@ -242,8 +266,23 @@ class Answer(http.server.BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):  # the client went away
             self.close_connection = True
 
+    refused, blob = Refused, Blob  # for uploads
+
+    def read_body(self) -> bytes:
+        """Read what a client sends, of a stated length or in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pieces = []
+        while size := int(self.rfile.readline(), 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
+
     def route(self, parts: list[str]) -> None:
         """Find what a path asks for: /api/models/…, /api/datasets/…, …/resolve/…, or the CDN's own."""
+        if uploads.route(self, parts):
+            return None
         if parts[0] == "cdn":
             if self.record.token:
                 raise Refused(400, message="the CDN takes no Authorization header")

@@ -1,0 +1,35 @@
+"""The model to publish. In: merged model, its RoPE, report. Out: a directory with a model card, and its manifest.
+
+It is made whether or not the gate passes, which the card says; `push` needs the gate.
+"""
+
+
+rule export:
+    input:
+        merge=f"{RUN}/merged.json",
+        model=ancient(f"{RUN}/merged"),
+        rope=f"{RUN}/rope/{TRAINED_ROPE}.json",
+        report=f"{RUN}/report.json",
+        template="resources/card.md.jinja",
+    output:
+        manifest=f"{RUN}/export.json",
+        payload=directory(f"{RUN}/export"),
+    log:
+        f"{RUN}/logs/export.log",
+    benchmark:
+        f"{RUN}/benchmarks/export.tsv"
+    priority: 1  # before the gate, which ends a run that it fails
+    resources:
+        mem_mb=request("export", "mem_mb"),
+        runtime=request("export", "runtime"),
+    params:
+        code=code("export"),
+        settings=as_json(
+            {key: config["export"][key] for key in ("name", "license", "language")}
+        ),
+        thresholds=as_json(config["verify"]),
+    shell:
+        "python scripts/export.py --merge {input.merge} --rope {input.rope}"
+        " --report {input.report} --thresholds {params.thresholds} --settings {params.settings}"
+        " --template {input.template} --manifest {output.manifest} --output {output.payload}"
+        " 2>&1 | tee {log}"

@@ -1,0 +1,128 @@
+"""Make the directory to publish: the merged model in forms that other software reads, with a model card.
+
+The weights are linked from the merged model, and cost no disk. config.json carries its RoPE in today's form
+and in that before transformers 5; the stage loads it back, and stops unless it turns as the RoPE manifest
+says. The card comes from report.json, so that equal runs have equal cards.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from longyarn import card, legacy, manifest, models
+from longyarn.cli import UserError, program, set_up_torch
+from longyarn.gating import compare
+from longyarn.links import link_or_copy
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--merge", type=Path, required=True, help="manifest of the merged model")
+    parser.add_argument("--rope", type=Path, required=True, help="manifest of its RoPE settings")
+    parser.add_argument("--report", type=Path, required=True, help="report.json of the run")
+    parser.add_argument(
+        "--thresholds", type=json.loads, required=True, help="config section `verify`, as JSON"
+    )
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="name, license and language, as JSON"
+    )
+    parser.add_argument("--template", type=Path, required=True, help="Jinja2 template of the card")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
+    arguments = parser.parse_args()
+    set_up_torch(1)
+
+    merged = manifest.read(arguments.merge)
+    rope = manifest.read_facts(arguments.rope)
+    report = manifest.read_json(arguments.report)
+    facts = merged["facts"]
+    compared = compare(
+        arguments.thresholds, report["verdict"], facts["merge_error"], facts["merge_error_tensor"]
+    )
+    source, trust = arguments.merge.parent / facts["directory"], facts["trust_remote_code"]
+    config = config_for_all(source, rope, trust)
+    name = arguments.settings["name"] or card.default_name(report)
+    text = card.text(arguments.template, report, compared, arguments.settings | {"name": name})
+    with manifest.new_directory(arguments.output) as directory:
+        for file in sorted(source.glob("[!.]*")):
+            # Linked, a small file that is edited here would change there too.
+            put = link_or_copy if file.suffix == ".safetensors" else shutil.copyfile
+            put(file, directory / file.name)
+        manifest.write_json(directory / "config.json", config)
+        write_rest(directory, config)
+        (directory / "README.md").write_text(text, encoding="utf-8")
+        check(directory, rope, trust)
+    files = sorted(arguments.output.glob("[!.]*"))
+    manifest.write(
+        arguments.manifest,
+        script=Path(__file__),
+        settings=arguments.settings,
+        inputs={"merge": arguments.merge, "rope": arguments.rope},
+        files=files,
+        facts={
+            "directory": arguments.output.name,
+            "name": name,
+            "target_length": rope["max_position_embeddings"],
+            "old_rope_keys": sorted(
+                legacy.rope_keys(config["model_type"], rope["rope_parameters"])
+            ),
+            "compared": compared,
+            "bytes": sum(file.stat().st_size for file in files),
+        },
+    )
+
+
+def config_for_all(source: Path, rope: dict, trust_remote_code: bool) -> dict:
+    """Return the config.json of the merged model with its RoPE in both forms."""
+    from transformers import AutoConfig
+
+    loaded = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    models.check_config(loaded, rope, source / "config.json")
+    head_dim = getattr(loaded, "head_dim", None)
+    head_dim = head_dim or loaded.hidden_size // loaded.num_attention_heads
+    config = manifest.read_json(source / "config.json")
+    return legacy.with_old_keys(config, rope["rope_parameters"], head_dim)
+
+
+def write_rest(directory: Path, config: dict) -> None:
+    """Write the tokenizer's settings for all versions, and generation settings where there are none."""
+    tokenizer = directory / "tokenizer_config.json"
+    if tokenizer.is_file():
+        manifest.write_json(tokenizer, legacy.tokenizer_keys(manifest.read_json(tokenizer)))
+    generation = directory / "generation_config.json"
+    if not generation.is_file():
+        ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
+        manifest.write_json(generation, ids)
+
+
+def check(directory: Path, rope: dict, trust_remote_code: bool) -> None:
+    """Stop unless transformers builds, from the exported config alone, the RoPE of the manifest."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    try:
+        models.check_config(config, rope, Path("config.json"))
+        with torch.device("meta"):  # the weights take no memory
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        rotary = [one for one in model.modules() if hasattr(one, "inv_freq")]
+        if trust_remote_code and not all(hasattr(one, "config") for one in rotary):
+            print(
+                "export: RoPE is built by the model's own code, and not compared", file=sys.stderr
+            )
+            return
+        built = torch.nn.ModuleList(type(one)(one.config) for one in rotary)
+        models.check_rotation(built, rope)
+    except UserError as error:
+        raise UserError(
+            f"the exported config.json of a {config.model_type} model would not run as it was trained "
+            f"({error}); publish the merged model instead, whose RoPE is in transformers 5's form alone"
+        ) from None
+
+
+if __name__ == "__main__":
+    program(main)()

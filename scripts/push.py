@@ -1,0 +1,137 @@
+"""Push the exported model to the Hugging Face hub, in one commit, and compare what is there then.
+
+The repository is made where there is none. A token is found as huggingface_hub finds it: HF_TOKEN, or
+`hf auth login`. Only a run that passed the gate is pushed.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from longyarn import manifest
+from longyarn.cli import UserError, first_line, program
+
+# Of an earlier push: weights that are not part of this model any more would be found beside it.
+STALE = (".safetensors", ".safetensors.index.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--export", type=Path, required=True, help="manifest of the exported model")
+    parser.add_argument("--gate", type=Path, required=True, help="manifest of the gate")
+    parser.add_argument("--repository", required=True, help="owner/name on the hub, empty for none")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+    arguments = parser.parse_args()
+    check_destination(arguments.repository)
+    exported, gate = manifest.read(arguments.export), manifest.read(arguments.gate)
+    if gate["inputs"]["merge"] != exported["inputs"]["merge"]:
+        raise UserError(
+            f"{arguments.gate} is of another merged model than {arguments.export}; run `snakemake` first"
+        )
+    directory = arguments.export.parent / exported["facts"]["directory"]
+    with errors(arguments.repository):
+        commit = upload(arguments.repository, arguments.private, directory, exported["files"])
+        check(arguments.repository, commit, exported["files"])
+    manifest.write(
+        arguments.manifest,
+        script=Path(__file__),
+        settings={"repository": arguments.repository, "private": arguments.private},
+        inputs={"export": arguments.export, "gate": arguments.gate},
+        files=[],
+        facts={"repository": arguments.repository, "commit": commit},
+    )
+    print(f"push: {arguments.repository} is at the commit {commit}", file=sys.stderr)
+
+
+def check_destination(repository: str | None) -> None:
+    """Stop where no repository is named, or there is no token to write to it with."""
+    from huggingface_hub import get_token
+
+    if not repository:
+        raise UserError("export.repository is null; set it to owner/name on the hub to push there")
+    if not get_token():
+        raise UserError(
+            f"there is no token to push to {repository} with; log in with `hf auth login`, or set HF_TOKEN"
+        )
+
+
+def upload(repository: str, private: bool, directory: Path, files: dict) -> str:
+    """Make the repository where it is missing, commit the files to it, and return the commit.
+
+    Where nothing has changed it is the commit that was there before.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi()
+    api.create_repo(repository, private=private, repo_type="model", exist_ok=True)
+    names = {Path(name).name for name in files}
+    stale = [
+        name
+        for name in api.list_repo_files(repository)
+        if name.endswith(STALE) and "/" not in name and name not in names
+    ]
+    added = [CommitOperationAdd(name, directory / name) for name in sorted(names)]
+    # Not upload_folder, which may make several commits.
+    return api.create_commit(
+        repository,
+        [*added, *map(CommitOperationDelete, stale)],
+        commit_message="A model made by Longyarn",
+    ).oid
+
+
+def check(repository: str, commit: str, files: dict) -> None:
+    """Stop where the hub has not each file with the size of the manifest and, in LFS, its hash."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(repository, revision=commit, files_metadata=True)
+    there = {one.rfilename: one for one in info.siblings}
+    for name, entry in files.items():
+        found = there.get(Path(name).name)
+        hashed = found.lfs.sha256 if found and found.lfs else entry["sha256"]
+        if found is None or found.size != entry["size"] or hashed != entry["sha256"]:
+            raise UserError(
+                f"{Path(name).name} of {repository} at {commit} is not the one of this run; push again"
+            )
+
+
+@contextlib.contextmanager
+def errors(repository: str) -> Iterator[None]:
+    """Turn what the hub refuses, and its absence, into one sentence."""
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise UserError(
+            f"export.repository {repository} is no name that the hub takes ({first_line(error)}); mend it"
+        ) from None
+    except ValueError as error:  # raised with the hub's own words on the card
+        words = " ".join(str(error).split())
+        raise UserError(
+            f"the hub does not take the model card ({words}); mend section export"
+        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403, 404):
+            raise UserError(
+                f"the hub does not let this token write to {repository} ({status}); make one with the right "
+                "to write there, log in with `hf auth login`, or mend export.repository"
+            ) from None
+        raise UserError(
+            f"the hub did not take {repository} ({first_line(error)}); push again, or mend export.repository"
+        ) from None
+    except (HTTPError, ConnectionError) as error:
+        raise UserError(
+            f"the hub is out of reach ({first_line(error)}); push where there is a network"
+        ) from None
+
+
+if __name__ == "__main__":
+    program(main)()
