@@ -128,7 +128,9 @@ def known_shape(config: dict) -> Shape | None:
 def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
     """Return the bytes of host memory that a stage needs, or None where the config does not tell."""
     training = config["training"]
-    if stage in ("patch_rope", "report", "gate", "sweep", "download_model", "checkpoint"):
+    if stage in (
+        "patch_rope", "report", "gate", "provenance", "bundle", "sweep", "download_model", "checkpoint",
+    ):  # fmt: skip
         return PROCESS
     if stage == "micro_base":
         return 4 * PROCESS
@@ -188,6 +190,10 @@ def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
         return 5 * moved
     if stage == "merge":
         return 3 * moved
+    if stage == "provenance":
+        return 3 * moved  # the base, what was trained and the merged model, each read once
+    if stage == "bundle":
+        return 6 * moved
     if stage in INSTRUMENTS:
         return moved + 1.5 * evaluation_hours(config, shape, stage) * 60
     hours = training_hours(config, shape)
