@@ -47,7 +47,7 @@ def main() -> None:
     check(hashes, manifests)
     images = {image.name: manifest.sha256(image) for image in arguments.images if image.is_file()}
     manifest.write_json(run / runs.CRATE, crate.build(run, hashes, manifests, images))
-    for note in other_code(manifests, run / runs.WORKFLOW):
+    for note in runs.other_code(manifests, run / runs.WORKFLOW):
         print(f"provenance: {note}", file=sys.stderr)
     workflow = [name for name in names if name.startswith(f"{runs.WORKFLOW}/")]
     manifest.write(
@@ -89,19 +89,6 @@ def check(hashes: dict[str, str], manifests: dict[str, dict]) -> None:
                     f"{file} is not what {one['stage']} wrote, by {name}; delete {name} and run again, so "
                     "that both are made anew"
                 )
-
-
-def other_code(manifests: dict[str, dict], root: Path) -> list[str]:
-    """Return a sentence for each stage that was made by other code than that below ``root``."""
-    stages: dict[str, set[str]] = {}
-    for one in manifests.values():
-        stages.setdefault(one["stage"], set()).add(one["code"])
-    found = []
-    for stage, codes in sorted(stages.items()):
-        script = root / "scripts" / f"{stage}.py"
-        if not script.is_file() or codes != {manifest.code_hash(script)}:
-            found.append(f"{stage} was made by other code than {script} is")
-    return found
 
 
 if __name__ == "__main__":

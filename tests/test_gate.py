@@ -138,6 +138,6 @@ def test_a_missed_threshold_fails_the_run_and_keeps_its_files(finished_copy):
     assert (made / "merged/model.safetensors").is_file()
     assert "times its own at 512" in (made / "NOT_VERIFIED.txt").read_text()
     assert not (made / "verified.json").exists()
-    assert finished_copy.planned(asked) == {"gate": 1}
+    assert finished_copy.planned(asked) == {"gate": 1, "provenance": 1}
     finished_copy.snakemake()
     assert not (made / "NOT_VERIFIED.txt").exists() and (made / "verified.json").is_file()

@@ -54,6 +54,7 @@ def test_a_phase_starts_from_the_merged_model_of_the_one_before(finished_copy):
     other = EARLIER | {"training": EARLIER["training"] | {"learning_rate": 2.0e-3}}
     assert finished_copy.planned({"phases": [other]}) == {
         "train": 2, "merge": 2, "perplexity": 1, "passkey": 1, "report": 1, "gate": 1,
+        "provenance": 1,
     }  # fmt: skip
 
 

@@ -152,6 +152,7 @@ def test_all_three_kinds_stand_in_one_report(finished_copy):
     }
     assert finished_copy.planned(overrides) == {
         "download_variant": 1, "patch_rope": 2, "perplexity": 3, "passkey": 3, "report": 1, "gate": 1,
+        "provenance": 1,
     }  # fmt: skip
     assert finished_copy.planned(overrides, "prefetch") == {"download_variant": 1, "prefetch": 1}
     finished_copy.snakemake(overrides=overrides)

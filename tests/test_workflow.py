@@ -12,7 +12,8 @@ from conftest import ROOT
 from longyarn import manifest
 
 EVALUATIONS = {"perplexity": 3, "passkey": 3}
-REPORT = {"report": 1, "gate": 1}
+SEAL = {"provenance": 1}
+REPORT = {"report": 1, "gate": 1} | SEAL
 # What depends on the training sequences. Untrained variants do not.
 FROM_PACK = {"pack": 1, "train": 1, "merge": 1, "perplexity": 1, "passkey": 1} | REPORT
 FROM_TRAIN = {"train": 1, "merge": 1, "perplexity": 1, "passkey": 1} | REPORT
@@ -58,7 +59,7 @@ CHANGES = {
     ),
     "a variant of one's own defined": (
         {"evaluation": {"more_variants": {"linear-4": {"method": "linear", "factor": 4}}}},
-        {},
+        SEAL,
     ),
     "held-out documents": (
         {"corpus": {"held_out": ["shakespeare/hamlet"]}},
@@ -77,7 +78,10 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(finished, change):
 EDIT = "\n\nADDED = 1\n"
 SCRIPTS = {
     "report": REPORT,
-    "gate": {"gate": 1},
+    "gate": {"gate": 1} | SEAL,
+    "provenance": SEAL,
+    "longyarn/crate": SEAL,
+    "bundle": {},
     "perplexity": {"perplexity": 3} | REPORT,
     "passkey": {"passkey": 3} | REPORT,
     "longyarn/statistics": EVALUATIONS | REPORT,

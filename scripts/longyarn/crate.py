@@ -8,7 +8,6 @@ https://www.researchobject.org/workflow-run-crate
 import csv
 import hashlib
 import json
-import mimetypes
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote
@@ -29,7 +28,12 @@ TERMS = ("sha256", "containerImage", "ContainerImage", "SIFImage", "DockerImage"
 LICENCE = "https://spdx.org/licenses/Apache-2.0"
 DONE = "http://schema.org/CompletedActionStatus"
 MAIN = f"{runs.WORKFLOW}/Snakefile"
-REPOSITORY_FILES = "the workflow is under the Apache License 2.0"
+FORMATS = {
+    ".html": "text/html", ".json": "application/json", ".jsonl": "application/jsonl",
+    ".md": "text/markdown", ".png": "image/png", ".py": "text/x-python", ".svg": "image/svg+xml",
+    ".tsv": "text/tab-separated-values", ".yaml": "application/yaml",
+    **dict.fromkeys(("", ".txt", ".log", ".smk", ".in", ".def", ".Dockerfile"), "text/plain"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,11 @@ class Writer:
         known = self.crate.get(identifier)
         if known is not None:
             return known
-        kept = {key: value for key, value in properties.items() if value not in (None, [], "")}
+        kept = {
+            key: value[0] if isinstance(value, list) and len(value) == 1 else value
+            for key, value in properties.items()
+            if value not in (None, [], "")
+        }
         return self.crate.add(ContextEntity(self.crate, identifier, {"@type": kind} | kept))
 
     def root(self, jobs: list[Job]) -> None:
@@ -155,11 +163,12 @@ class Writer:
     def files(self) -> None:
         """Add every file with size and hash, and the directories of payloads."""
         for name, digest in self.hashes.items():
-            kind = mimetypes.guess_type(name)[0]
+            suffix = PurePosixPath(name).suffix
             properties = {
                 "contentSize": str((self.run / name).stat().st_size),
                 "sha256": digest,
-            } | ({"encodingFormat": kind} if kind else {})
+                "encodingFormat": FORMATS.get(suffix, "application/octet-stream"),
+            }
             if name == MAIN:
                 from rocrate.model.computationalworkflow import ComputationalWorkflow
 
@@ -179,7 +188,7 @@ class Writer:
         """Add a directory with the files that it has; none where it was purged."""
         inside = [part for file, part in self.parts.items() if file.startswith(f"{name}/")]
         if inside and name not in self.parts:
-            properties = {"name": name, "hasPart": inside}
+            properties = {"name": name, "hasPart": inside if len(inside) > 1 else inside[0]}
             added = self.crate.add_dataset(self.run / name, name, properties=properties)
             self.parts[name] = added
 
@@ -226,7 +235,7 @@ class Writer:
             identifier=f"#parameter/{name}",
             properties={"workExample": self.parts[name]},
         )
-        self.parts[name].append_to("exampleOfWork", parameter)
+        self.parts[name]["exampleOfWork"] = parameter
         return parameter
 
     def tool(self, stage: str, jobs: list[Job]):

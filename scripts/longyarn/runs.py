@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from longyarn import environment
 from longyarn.cli import UserError
 from longyarn.evaluation import INSTRUMENTS
+from longyarn.manifest import code_hash
 
 SEAL = "SHA256SUMS"
 CRATE = "ro-crate-metadata.json"
@@ -18,6 +19,7 @@ PROVENANCE = "provenance.json"
 CONFIG = "config.yaml"
 WORKFLOW = "workflow"
 REPORT = "report.json"
+MARK = "NOT_VERIFIED.txt"
 # Snakemake's, empty, in each directory that is an output; it comes after the job.
 TIMESTAMP = ".snakemake_timestamp"
 # Payloads that may go when the run is finished (docs/reruns.md).
@@ -31,7 +33,7 @@ UNSEALED = {f"logs/{stage}.log" for stage in LATER} | {f"benchmarks/{stage}.tsv"
 OTHERS = {
     "report.html": "report", REPORT: "report", "figures": "report",
     "sweep.json": "sweep", "sweep.md": "sweep", "sweep.png": "sweep", "sweep.svg": "sweep",
-    SEAL: "provenance", "NOT_VERIFIED.txt": "gate", "micro_base": "micro_base",
+    SEAL: "provenance", MARK: "gate", "micro_base": "micro_base",
 }  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def manifests(run: Path, names: Iterable[str]) -> dict[str, dict]:
         if path.suffix == ".json" and not inside:
             try:
                 content = json.loads((run / name).read_bytes())
-            except ValueError:
+            except (ValueError, FileNotFoundError):
                 continue
             if is_manifest(content):
                 found[name] = content
@@ -116,6 +118,19 @@ def payload_directories(name: str, manifest: dict) -> list[str]:
     directory = PurePosixPath(name).parent
     tops = {file.partition("/")[0] for file in manifest["files"] if "/" in file}
     return sorted(str(directory / top) for top in tops)
+
+
+def other_code(manifests: dict[str, dict], root: Path) -> list[str]:
+    """Return a sentence for each stage that was made by other code than that below ``root``."""
+    stages: dict[str, set[str]] = {}
+    for one in manifests.values():
+        stages.setdefault(one["stage"], set()).add(one["code"])
+    found = []
+    for stage, codes in sorted(stages.items()):
+        script = root / "scripts" / f"{stage}.py"
+        if not script.is_file() or codes != {code_hash(script)}:
+            found.append(f"{stage} was made by other code than {script} is")
+    return found
 
 
 class Makers:

@@ -34,6 +34,8 @@ def parse(text: str) -> dict[str, str]:
         name = match[3]
         if match[1]:
             name = re.sub(r"\\.", lambda pair: LETTERS.get(pair[0], pair[0]), name)
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"line {number}, which leads out of the run")
         found[name] = match[2]
     if render(found) != text:
         raise ValueError("the order of lines, or the last of them")
@@ -59,7 +61,7 @@ def read(run: Path) -> dict[str, str]:
     """Return the SHA-256 of each sealed file; ``UserError`` where there is no seal, or a broken one."""
     path = run / runs.SEAL
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(path.read_bytes().decode())
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing; run `snakemake` with the run's configuration, so that it is sealed"
