@@ -12,6 +12,7 @@ from stages import edit_json, refusal, run
 
 import provenance
 from longyarn import config, manifest, runs, seal
+from longyarn.sealed import Run
 
 PROFILES = ("workflow-run-crate-0.5", "provenance-run-crate-0.5")
 OWN = "environments/provenance.json"
@@ -199,3 +200,19 @@ def test_a_purged_payload_is_no_obstacle(copy):
     sealed_again(copy)
     assert "corpus/" not in graph(copy)
     assert not [name for name in seal.read(copy) if name.startswith("corpus/")]
+
+
+def test_what_lies_in_cells_and_steps_is_sealed_and_described_too(copy, cached):
+    for place in ("cells/training.steps=6+seeds", "step-2"):
+        (copy / place).mkdir(parents=True)
+        shutil.copytree(copy / "trained", copy / place / "trained")
+        shutil.copy(copy / "trained.json", copy / place / "trained.json")
+    sealed_again(copy)
+    listed = seal.read(copy)
+    assert {"step-2/trained.json", "cells/training.steps=6+seeds/trained/adapter_config.json"} <= {
+        *listed
+    }
+    names = {one.get("name") for one in graph(copy).values()}
+    assert {"step-2/train", "cells/training.steps=6+seeds/train"} <= names
+    assert validator.issues(copy, PROFILES[-1], cached) == []
+    assert list(Run(copy).findings()) == []

@@ -118,6 +118,11 @@ def usage(run: Path, job: str) -> dict:
     return {key: rows[-1][key] for key in ("s", "max_rss") if rows and rows[-1].get(key)}
 
 
+def local(name: str) -> str:
+    """Return the identifier of an entity that is no file."""
+    return f"#{quote(name)}"
+
+
 class Writer:
     """Puts a run's entities into a crate."""
 
@@ -232,7 +237,7 @@ class Writer:
         parameter = self.crate.add_formal_parameter(
             name,
             kind,
-            identifier=f"#parameter/{name}",
+            identifier=local(f"parameter/{name}"),
             properties={"workExample": self.parts[name]},
         )
         self.parts[name]["exampleOfWork"] = parameter
@@ -243,7 +248,7 @@ class Writer:
         own = [job for job in jobs if job.stage == stage]
         libraries = dict.fromkeys(pair for job in own for pair in job.versions.items())
         name = f"{runs.WORKFLOW}/scripts/{stage}.py"
-        tool = self.parts.get(name) or self.entity(f"#tool/{stage}", "SoftwareSourceCode")
+        tool = self.parts.get(name) or self.entity(local(f"tool/{stage}"), "SoftwareSourceCode")
         if name in self.parts:
             tool.properties()["@type"] = ["File", "SoftwareSourceCode"]
         tool["name"] = stage
@@ -265,11 +270,11 @@ class Writer:
         """Add the action of a job, and what set it off."""
         found = job.environment
         settings = [
-            self.value(f"#setting/{job.name}/{key}", key, value)
+            self.value(f"setting/{job.name}/{key}", key, value)
             for key, value in job.settings.items()
         ]
         action = self.entity(
-            f"#job/{job.name}", "CreateAction", name=job.name,
+            local(f"job/{job.name}"), "CreateAction", name=job.name,
             description=f"The stage {job.stage} of Longyarn; it ended with exit status 0.",
             instrument=self.tool_of(job.stage), actionStatus=DONE,
             object=[*self.at(job.inputs), *self.sources(job), *settings], result=self.at(job.outputs),
@@ -278,7 +283,7 @@ class Writer:
             resourceUsage=self.usage(job),
         )  # fmt: skip
         self.entity(
-            f"#control/{job.name}", "ControlAction", name=f"start {job.name}", object=action,
+            local(f"control/{job.name}"), "ControlAction", name=f"start {job.name}", object=action,
             instrument={"@id": f"{MAIN}#{job.stage}"}, actionStatus=DONE,
         )  # fmt: skip
         self.crate.root_dataset.append_to("mentions", action)
@@ -286,15 +291,13 @@ class Writer:
     def tool_of(self, stage: str):
         """Return the script of a stage as ``workflow`` has added it."""
         name = f"{runs.WORKFLOW}/scripts/{stage}.py"
-        return self.parts.get(name) or self.crate.get(f"#tool/{stage}")
+        return self.parts.get(name) or self.crate.get(local(f"tool/{stage}"))
 
     def value(self, identifier: str, name: str, value: object, **more):
         """Return a named value; what is no number or text is written as JSON."""
         plain = isinstance(value, int | float | str) and not isinstance(value, bool)
         written = value if plain and value != "" else json.dumps(value, ensure_ascii=False)
-        return self.entity(
-            quote(identifier, "#/"), "PropertyValue", name=name, value=written, **more
-        )
+        return self.entity(local(identifier), "PropertyValue", name=name, value=written, **more)
 
     def sources(self, job: Job) -> list:
         """Return where a model or a corpus came from, with revision and licence where they are known."""
@@ -303,11 +306,11 @@ class Writer:
             kept = {"version": facts.get("revision"), "name": Path(str(facts.get("source"))).name}
             if not str(facts.get("source")).startswith(("/", "~")):
                 kept["name"] = facts.get("source")
-            return [self.entity(f"#source/{quote(job.name)}", "CreativeWork", **kept)]
+            return [self.entity(local(f"source/{job.name}"), "CreativeWork", **kept)]
         if job.stage == "download_corpus":
             return [
                 self.entity(
-                    f"#source/{quote(job.name)}/{quote(name)}", "CreativeWork", name=name,
+                    local(f"source/{job.name}/{name}"), "CreativeWork", name=name,
                     description=one.get("source"), license=one.get("licence"),
                 )
                 for name, one in facts.get("collections", {}).items()
@@ -322,7 +325,7 @@ class Writer:
             if (value := job.environment.get(key)) in (None, []):
                 continue
             digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-            found.append(self.value(f"#environment/{key}/{digest}", key, value))
+            found.append(self.value(f"environment/{key}/{digest}", key, value))
         return found
 
     def image(self, image: str | None):
@@ -332,7 +335,7 @@ class Writer:
         address, _, digest = image.removeprefix("docker://").partition("@sha256:")
         in_registry = "://" in image
         return self.entity(
-            f"#image/{quote(image, '')}", "ContainerImage", name=address,
+            local(f"image/{image}"), "ContainerImage", name=address,
             additionalType={"@id": RUN_TERMS + ("DockerImage" if in_registry else "SIFImage")},
             registry=address.partition("/")[0] if in_registry else None,
             sha256=digest or self.image_hashes.get(image),
@@ -346,7 +349,7 @@ class Writer:
         }
         return [
             self.value(
-                f"#usage/{job.name}/{key}", key, value, propertyID=RUN_TERMS + key, unitCode=units[key]
+                f"usage/{job.name}/{key}", key, value, propertyID=RUN_TERMS + key, unitCode=units[key]
             )
             for key, value in job.usage.items()
         ]  # fmt: skip
@@ -359,7 +362,7 @@ class Writer:
         self.entity(
             "#engine", "OrganizeAction", name=f"Snakemake {version}",
             instrument=self.library("snakemake", version), result={"@id": "#run"}, actionStatus=DONE,
-            object=[{"@id": f"#control/{job.name}"} for job in jobs],
+            object=[{"@id": local(f"control/{job.name}")} for job in jobs],
         )  # fmt: skip
 
     @staticmethod
