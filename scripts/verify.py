@@ -119,10 +119,10 @@ def notes(run: Run) -> Iterator[str]:
     """Yield a sentence for each thing that is no error but that one should know."""
     for directory in sorted(run.purged):
         yield f"{run.path / directory}/ is not here, so not checked; a finished run does without it"
-    later = [name for name in runs.to_seal(sorted(run.names)) if name not in run.records]
+    later = {*runs.to_seal(run.names)} - run.records.keys() - {name for name, _ in run.strays()}
     if later:
         yield (
-            f"{len(later)} files came after the seal, such as {later[0]}; "
+            f"not sealed, because they came later: {len(later)} of the files here, {min(later)} for one; "
             "`snakemake --forcerun provenance` seals them"
         )
     if (run.path / runs.MARK).is_file():

@@ -95,7 +95,9 @@ def test_a_file_added_to_a_payload_is_found_and_elsewhere_it_is_said(copy, capsy
     (copy / name).unlink()
     (copy / "later.txt").write_text("of a later stage")
     run(verify, copy)
-    assert "1 files came after the seal, such as later.txt" in capsys.readouterr().err
+    assert (
+        "because they came later: 1 of the files here, later.txt for one" in capsys.readouterr().err
+    )
 
 
 def test_a_stamp_of_snakemake_that_holds_something_is_found(copy):

@@ -26,6 +26,9 @@ class Run:
         self.crate = self.attempt(lambda: crate.listed(self.json(runs.CRATE)))
         self.manifests = runs.manifests(path, sorted(self.names))
         self.makers = runs.Makers(self.manifests)
+        self.payloads = {"figures": "report"}  # directories, and the stages that filled them
+        for name, one in self.manifests.items():
+            self.payloads |= dict.fromkeys(runs.payload_directories(name, one), one["stage"])
         self.purged = set(self.find_purged())
         self.records = self.find_records()
         self.real = seal.hashes(path, sorted(self.records.keys() & self.names), "verify, bytes")
@@ -53,11 +56,10 @@ class Run:
 
     def find_purged(self) -> Iterator[str]:
         """Yield payload directories that are gone whole and that a finished run does without."""
-        for name, one in self.manifests.items():
-            for directory in runs.payload_directories(name, one):
-                gone = not any(file.startswith(f"{directory}/") for file in self.names)
-                if gone and PurePosixPath(directory).name in runs.PURGEABLE:
-                    yield directory
+        for directory in self.payloads:
+            gone = not any(file.startswith(f"{directory}/") for file in self.names)
+            if gone and PurePosixPath(directory).name in runs.PURGEABLE:
+                yield directory
 
     def find_records(self) -> dict[str, dict[str, str]]:
         """Return by file what SHA-256 each record gives it, by the record's name."""
@@ -111,21 +113,20 @@ class Run:
             if self.real.get(name) == digest and (self.path / name).stat().st_size != size:
                 yield f"{self.said(runs.CRATE)} was changed: it lists {name} with another size"
 
-    def of_payloads(self) -> Iterator[str]:
-        """Name files in the directory of a payload that are not of it: merged/evil.py."""
-        inside = {"figures": "report"}
-        for name, one in self.manifests.items():
-            inside |= dict.fromkeys(runs.payload_directories(name, one), one["stage"])
+    def strays(self) -> Iterator[tuple[str, str]]:
+        """Yield each file that lies in the directory of a payload and is not of it, and the directory."""
         for name in sorted(self.names - self.records.keys()):
             above = [str(parent) for parent in PurePosixPath(name).parents]
-            holder = next((directory for directory in above if directory in inside), None)
-            empty_stamp = name.rpartition("/")[2] == runs.TIMESTAMP and (
-                not (self.path / name).stat().st_size
-            )
-            if holder and not empty_stamp:
-                yield (
-                    f"{self.path / name} lies in {holder}/, where {inside[holder]} did not put it; remove it"
-                )
+            holder = next((directory for directory in above if directory in self.payloads), None)
+            empty = not (self.path / name).stat().st_size
+            if holder and not (name.rpartition("/")[2] == runs.TIMESTAMP and empty):
+                yield name, holder
+
+    def of_payloads(self) -> Iterator[str]:
+        """Name files that are in a payload and not of it: merged/evil.py."""
+        for name, holder in self.strays():
+            stage = self.payloads[holder]
+            yield f"{self.path / name} lies in {holder}/, where {stage} did not put it; remove it"
 
     def of_chain(self) -> Iterator[str]:
         """Follow each sealed manifest to those that it was made from."""
