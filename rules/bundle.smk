@@ -18,6 +18,5 @@ rule bundle:
         runtime=request("bundle", "runtime"),
     params:
         code=code("bundle"),
-        run=RUN,
     shell:
-        "python scripts/bundle.py --run {params.run:q} --output {output.archive:q} 2>&1 | tee {log}"
+        "python scripts/bundle.py --seal {input.seal:q} --output {output.archive:q} 2>&1 | tee {log}"

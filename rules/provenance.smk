@@ -21,9 +21,8 @@ rule provenance:
         runtime=request("provenance", "runtime"),
     params:
         code=code("provenance"),
-        run=RUN,
         settings=as_json(config),
         images=IMAGE if IN_APPTAINER and "://" not in IMAGE else [],
     shell:
-        "python scripts/provenance.py --run {params.run:q} --settings {params.settings}"
+        "python scripts/provenance.py --seal {output.seal:q} --settings {params.settings}"
         " --images {params.images:q} 2>&1 | tee {log}"

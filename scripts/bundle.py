@@ -30,10 +30,10 @@ class Member:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="the run's directory")
+    parser.add_argument("--seal", type=Path, required=True, help="SHA256SUMS of the run")
     parser.add_argument("--output", type=Path, required=True, help="archive to write")
     arguments = parser.parse_args()
-    run = arguments.run
+    run = arguments.seal.parent
     if run.is_absolute() or ".." in run.parts:
         raise UserError(
             f"a bundle holds its run below the workflow's own directory, but paths.results leads out of it "

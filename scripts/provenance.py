@@ -25,23 +25,22 @@ WRITTEN = (runs.CONFIG, runs.CRATE, runs.PROVENANCE)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="the run's directory")
+    parser.add_argument("--seal", type=Path, required=True, help="the run's SHA256SUMS, to write")
     parser.add_argument(
         "--settings", type=json.loads, required=True, help="the whole configuration, as JSON"
     )
     parser.add_argument("--images", type=Path, nargs="*", default=[], help="images that are a file")
     arguments = parser.parse_args()
-    run = arguments.run
+    run = arguments.seal.parent
 
-    for name in (*WRITTEN, runs.SEAL):
-        (run / name).unlink(missing_ok=True)
+    for path in (*(run / name for name in WRITTEN), arguments.seal):
+        path.unlink(missing_ok=True)
     with manifest.new_directory(run / runs.WORKFLOW) as directory:
         copy_workflow(Path(__file__).resolve().parents[1], directory)
     text = yaml.safe_dump(arguments.settings, sort_keys=False, allow_unicode=True)
     manifest.write_text(run / runs.CONFIG, text)
 
-    names = runs.to_seal(runs.everything(run))
-    names = [name for name in names if not is_own_record(name)]
+    names = [name for name in runs.to_seal(runs.everything(run)) if name != runs.OWN_RECORD]
     manifests = runs.manifests(run, names)
     hashes = seal.hashes(run, names, "hash, bytes")
     check(hashes, manifests)
@@ -58,16 +57,12 @@ def main() -> None:
         files=[run / name for name in (runs.CONFIG, runs.CRATE, *workflow)],
         facts={"files": len(names), "manifests": len(manifests)},
     )
-    own = [runs.CRATE, runs.PROVENANCE, *filter(is_own_record, runs.everything(run))]
+    own = [runs.CRATE, runs.PROVENANCE, runs.OWN_RECORD]
+    own = [name for name in own if (run / name).is_file()]
     hashes |= seal.hashes(run, own, "hash, bytes")
     # Last: with it the run is sealed.
-    manifest.write_text(run / runs.SEAL, seal.render(hashes))
-    print(f"provenance: {len(hashes)} files are sealed in {run / runs.SEAL}", file=sys.stderr)
-
-
-def is_own_record(name: str) -> bool:
-    """Tell whether a file is the record of where this stage ran, which comes with its manifest."""
-    return name == f"{runs.environment.DIRECTORY}/{runs.PROVENANCE}"
+    manifest.write_text(arguments.seal, seal.render(hashes))
+    print(f"provenance: {len(hashes)} files are sealed in {arguments.seal}", file=sys.stderr)
 
 
 def copy_workflow(root: Path, directory: Path) -> None:

@@ -14,6 +14,7 @@ from longyarn import manifest, runs
 
 ALONE = (sys.executable, str(ROOT / "tests" / "no_network.py"))
 RUN = "results/tests"
+SEAL = f"{RUN}/SHA256SUMS"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_it_holds_the_workflow_and_all_but_the_corpus_and_the_sequences(archive,
 def test_the_same_run_gives_the_same_bytes_and_links_stay_links(archive, tmp_path, monkeypatch):
     monkeypatch.chdir(archive.parents[1])
     again = tmp_path / "again.tar"
-    run(bundle, "--run", RUN, "--output", again)
+    run(bundle, "--seal", SEAL, "--output", again)
     assert again.read_bytes() == archive.read_bytes()
 
     shutil.copytree(archive.parents[1] / RUN, tmp_path / RUN)
@@ -69,7 +70,7 @@ def test_the_same_run_gives_the_same_bytes_and_links_stay_links(archive, tmp_pat
     assert one.read_bytes() == other.read_bytes()
     other.unlink()
     other.hardlink_to(one)
-    run(bundle, "--run", RUN, "--output", again)
+    run(bundle, "--seal", SEAL, "--output", again)
     with tarfile.open(again) as opened:
         links = [entry.name for entry in opened.getmembers() if entry.islnk()]
     assert links == [f"longyarn-tests/{RUN}/merged/tokenizer.json"]
@@ -102,15 +103,15 @@ def test_elsewhere_the_evaluation_without_a_network_gives_the_same_figures(unpac
 def test_what_cannot_be_packed_is_one_sentence(archive, tmp_path, monkeypatch):
     output = tmp_path / "out.tar"
     for place in (tmp_path / "results/tests", "../results/tests"):
-        sentence = refusal(bundle, "--run", place, "--output", output)
+        sentence = refusal(bundle, "--seal", f"{place}/SHA256SUMS", "--output", output)
         assert "paths.results leads out of it" in sentence
     shutil.copytree(archive.parents[1] / RUN, tmp_path / RUN)
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(tmp_path / RUN / "base")
-    sentence = refusal(bundle, "--run", RUN, "--output", output)
+    sentence = refusal(bundle, "--seal", SEAL, "--output", output)
     assert "--forcerun download_model" in sentence and "is sealed but missing" in sentence
     (tmp_path / RUN / runs.SEAL).unlink()
-    sentence = refusal(bundle, "--run", RUN, "--output", output)
+    sentence = refusal(bundle, "--seal", SEAL, "--output", output)
     assert "SHA256SUMS is missing" in sentence
     assert not list(tmp_path.glob("out.tar*"))
 
@@ -120,5 +121,5 @@ def test_a_disk_that_is_too_small_is_said_beforehand(archive, monkeypatch):
     before = manifest.sha256(archive)
     full = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    assert "no space left for the archive" in refusal(bundle, "--run", RUN, "--output", archive)
+    assert "no space left for the archive" in refusal(bundle, "--seal", SEAL, "--output", archive)
     assert manifest.sha256(archive) == before

@@ -15,7 +15,6 @@ from longyarn import config, manifest, runs, seal
 from longyarn.sealed import Run
 
 PROFILES = ("workflow-run-crate-0.5", "provenance-run-crate-0.5")
-OWN = "environments/provenance.json"
 
 
 @pytest.fixture
@@ -33,10 +32,10 @@ def cached(tmp_path_factory):
     return validator.cache(tmp_path_factory.mktemp("validator"))
 
 
-def sealed_again(directory) -> None:
+def sealed_again(directory, *options) -> None:
     """Seal a run as its rule does."""
-    settings = yaml.safe_load((directory / "config.yaml").read_text())
-    run(provenance, "--run", directory, "--settings", json.dumps(settings))
+    settings = json.dumps(yaml.safe_load((directory / "config.yaml").read_text()))
+    run(provenance, "--seal", directory / runs.SEAL, "--settings", settings, *options)
 
 
 def graph(directory) -> dict[str, dict]:
@@ -149,7 +148,7 @@ def test_each_job_has_its_script_inputs_outputs_times_and_settings(results):
 def test_the_crate_has_the_hash_of_every_file_before_it(results):
     entities, listed = graph(results), seal.read(results)
     told = {name: one["sha256"] for name, one in entities.items() if "contentSize" in one}
-    later = {runs.CRATE, runs.PROVENANCE, OWN}
+    later = {runs.CRATE, runs.PROVENANCE, runs.OWN_RECORD}
     assert told == {name: digest for name, digest in listed.items() if name not in later}
     text = (results / runs.CRATE).read_text()
     assert str(results) not in text and str(ROOT) not in text
@@ -161,7 +160,7 @@ def test_sealing_again_changes_the_record_of_the_seal_alone(copy):
     sealed_again(copy)
     after = seal.read(copy)
     assert before.keys() == after.keys()
-    assert {name for name in before if before[name] != after[name]} <= {OWN}
+    assert {name for name in before if before[name] != after[name]} <= {runs.OWN_RECORD}
 
 
 def test_a_linked_file_is_read_once_and_what_is_half_written_not_at_all(copy, monkeypatch):
@@ -183,7 +182,7 @@ def test_what_is_not_as_its_stage_wrote_it_is_not_sealed(copy, name):
     (copy / name).write_bytes(content)
     settings = (copy / "config.yaml").read_text()
     sentence = refusal(
-        provenance, "--run", copy, "--settings", json.dumps(yaml.safe_load(settings))
+        provenance, "--seal", copy / runs.SEAL, "--settings", json.dumps(yaml.safe_load(settings))
     )
     assert sentence.startswith(f"error: {name} is not what ")
     assert not (copy / "SHA256SUMS").exists()
@@ -200,6 +199,26 @@ def test_a_purged_payload_is_no_obstacle(copy):
     sealed_again(copy)
     assert "corpus/" not in graph(copy)
     assert not [name for name in seal.read(copy) if name.startswith("corpus/")]
+
+
+def test_the_image_of_a_job_is_told_with_its_hash(copy, cached, tmp_path):
+    digest = "0123456789abcdef" * 4
+    for name, image in {
+        "trained": f"docker://here.example/x@sha256:{digest}",
+        "merged": "x.sif",
+    }.items():
+        edit_json(copy / f"environments/{name}.json", image=image)
+    (tmp_path / "x.sif").write_text("an image")
+    sealed_again(copy, "--images", tmp_path / "x.sif")
+    entities = graph(copy)
+    images = {
+        name: entities[entities[f"#job/{name}"]["containerImage"]["@id"]]
+        for name in ("train", "merge")
+    }
+    assert images["train"]["sha256"] == digest and images["train"]["registry"] == "here.example"
+    assert images["merge"]["sha256"] == manifest.sha256(tmp_path / "x.sif")
+    assert images["merge"]["additionalType"]["@id"].endswith("#SIFImage")
+    assert validator.issues(copy, PROFILES[-1], cached) == []
 
 
 def test_what_lies_in_cells_and_steps_is_sealed_and_described_too(copy, cached):

@@ -5,14 +5,13 @@ inputs, outputs, settings, times, machine and image. Every file has its size and
 https://www.researchobject.org/workflow-run-crate
 """
 
-import csv
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote
 
 from longyarn import runs
+from longyarn.jobs import Job, jobs_of
 
 VERSION = "1.1"  # of RO-Crate, which the profiles 0.5 build on
 PROFILES = {
@@ -36,22 +35,6 @@ FORMATS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Job:
-    """A job that ran: its stage, the name of its manifest or report, and what is known of it."""
-
-    name: str
-    stage: str
-    target: str
-    code: str
-    inputs: list[str]
-    outputs: list[str]
-    settings: dict
-    versions: dict
-    environment: dict
-    usage: dict
-
-
 def build(
     run: Path, hashes: dict[str, str], manifests: dict[str, dict], image_hashes: dict[str, str]
 ) -> dict:
@@ -73,49 +56,6 @@ def build(
         writer.job(job)
     writer.engine(jobs)
     return crate.metadata.generate()
-
-
-def jobs_of(run: Path, hashes: dict[str, str], manifests: dict[str, dict]) -> list[Job]:
-    """Return the jobs by the time that they started."""
-    by_hash = {hashes[name]: name for name in manifests}
-    directories = {name: runs.payload_directories(name, manifests[name]) for name in manifests}
-    found = []
-    for name, one in manifests.items():
-        sources = [by_hash[digest] for digest in one["inputs"].values() if digest in by_hash]
-        inputs = [part for source in sources for part in (source, *directories[source])]
-        files = [file for file in runs.payload(name, one) if "/" not in file]
-        found.append(
-            job_of(run, name, one["stage"], one["code"], inputs, [name, *directories[name], *files])
-        )
-    if runs.REPORT in hashes:
-        report = json.loads((run / runs.REPORT).read_bytes())
-        outputs = [runs.REPORT, "report.html", "figures"]
-        used = [name for name, one in manifests.items() if one["stage"] != "gate"]
-        code = report["code"]["report"]
-        found.append(job_of(run, runs.REPORT, "report", code, used, outputs))
-    for job in found:
-        if job.target in manifests:
-            job.settings.update(manifests[job.target]["settings"])
-            job.versions.update(manifests[job.target]["versions"])
-    return sorted(found, key=lambda job: (job.environment.get("start", ""), job.name))
-
-
-def job_of(run: Path, target: str, stage: str, code: str, inputs: list, outputs: list) -> Job:
-    """Return a job with the record of where it ran and what it took, empty where there is none."""
-    path, name = PurePosixPath(target), runs.job_of(target, stage)
-    record = run / path.parent / runs.environment.DIRECTORY / path.name
-    environment = json.loads(record.read_bytes()) if record.is_file() else {}
-    return Job(name, stage, target, code, inputs, outputs, {}, {}, environment, usage(run, name))
-
-
-def usage(run: Path, job: str) -> dict:
-    """Return the seconds of a job and its peak memory in MB, from Snakemake's benchmarks."""
-    path = run / "benchmarks" / f"{job}.tsv"
-    if not path.is_file():
-        return {}
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    return {key: rows[-1][key] for key in ("s", "max_rss") if rows and rows[-1].get(key)}
 
 
 def local(name: str) -> str:

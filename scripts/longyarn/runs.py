@@ -16,6 +16,7 @@ from longyarn.manifest import code_hash
 SEAL = "SHA256SUMS"
 CRATE = "ro-crate-metadata.json"
 PROVENANCE = "provenance.json"
+OWN_RECORD = f"{environment.DIRECTORY}/{PROVENANCE}"  # of where the seal was made
 CONFIG = "config.yaml"
 WORKFLOW = "workflow"
 REPORT = "report.json"

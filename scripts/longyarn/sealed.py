@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from longyarn import crate, environment, runs, seal
-from longyarn.chain import chain
+from longyarn import crate, runs, seal
+from longyarn.chain import chain, parts
 from longyarn.cli import UserError
+from longyarn.evaluation import INSTRUMENTS
 
-OWN = f"{environment.DIRECTORY}/{runs.PROVENANCE}"  # the record of where the seal was made
-AFTER_THE_CRATE = {runs.CRATE, runs.PROVENANCE, OWN}  # which cannot list these
+AFTER_THE_CRATE = {runs.CRATE, runs.PROVENANCE, runs.OWN_RECORD}  # which cannot list these
 
 
 class Run:
@@ -104,7 +104,8 @@ class Run:
     def of_records(self) -> Iterator[str]:
         """Compare what SHA256SUMS and the crate list; neither may lack a file."""
         if self.sums:
-            for name in sorted({*self.crate, runs.CONFIG, *AFTER_THE_CRATE} - {*self.sums}):
+            own = AFTER_THE_CRATE & (self.names | {runs.CRATE, runs.PROVENANCE})
+            for name in sorted({*self.crate, runs.CONFIG, *own} - {*self.sums}):
                 yield f"{self.said(runs.SEAL)} was changed: it lacks {name}"
         if self.crate:
             for name in sorted({*self.sums} - {*self.crate, *AFTER_THE_CRATE}):
@@ -131,17 +132,23 @@ class Run:
     def of_chain(self) -> Iterator[str]:
         """Follow each sealed manifest to those that it was made from."""
         jobs: dict[str, str] = {}
-        for name, one in self.manifests.items():
-            job = runs.job_of(name, one["stage"])
-            within = job.rpartition("/")[0]
+        all_jobs = {runs.job_of(name, one["stage"]): name for name, one in self.manifests.items()}
+        for job, name in all_jobs.items():
+            within, stage, variant = parts(job)
             if name not in self.real or name == runs.PROVENANCE:
                 continue
-            if not within or within.startswith("phase-"):
+            if variant.startswith("step-") or (within and not within.startswith("phase-")):
+                # Of a checkpoint or a cell: what it shares with others lies elsewhere.
+                for source, digest in self.manifests[name]["inputs"].items():
+                    if digest not in self.real.values():
+                        yield f"{self.said(name)} was made from another {source} than there is now"
+            elif (
+                stage not in INSTRUMENTS
+                or variant == "trained"
+                or f"patch_rope.{variant}" in all_jobs
+            ):
                 jobs[job] = name
-                continue
-            for source, digest in one["inputs"].items():  # of a cell: what it shares lies elsewhere
-                if digest not in self.real.values():
-                    yield f"{self.said(name)} was made from another {source} than there is in this run"
+            # Else it is about another run's model, whose own seal follows it further.
         try:
             rope = self.json(runs.REPORT)["rope"]["trained"]
             _, broken = chain(
