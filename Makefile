@@ -20,7 +20,7 @@ LAYERED := $(if $(PROFILE),--workflow-profile $(PROFILE)) $(if $(CONFIG),--confi
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: run setup setup-dev setup-slurm setup-harness test test-slurm lint bench micro-base plan prefetch preflight lock image sif test-containers accept clean clean-work
+.PHONY: run setup setup-dev setup-slurm setup-harness test test-slurm lint bench micro-base plan prefetch preflight lock image sif test-containers accept verify bundle clean clean-work
 
 run: setup
 	snakemake --cores $(CORES) $(LAYERED)
@@ -111,6 +111,16 @@ sif: setup
 # Declare that changed code makes no difference to results; docs/reruns.md says when that is right.
 accept: setup
 	snakemake --touch --cores 1 $(LAYERED)
+
+# Whether a finished run is what was sealed, file by file (docs/provenance.md).
+RUN ?=
+verify: setup
+	$(if $(RUN),,$(error no run is named; say `make verify RUN=results/micro`))
+	@python scripts/verify.py "$(RUN)"
+
+# One archive of a finished run, to verify and to evaluate it elsewhere.
+bundle: setup
+	snakemake --cores $(CORES) $(LAYERED) -- bundle
 
 # What training left in the work directory that no run will go on from; DELETE=1 removes it.
 # WORK is paths.work of the config.

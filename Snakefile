@@ -2,7 +2,7 @@
 
 The stages, in order; each is rules/X.smk with scripts/X.py and targets a manifest:
 download_model, download_corpus, patch_rope, tokenise, pack, train, merge, perplexity, passkey, report,
-gate, export; push is a target of its own.
+gate, export, provenance; push and bundle are targets of their own.
 """
 
 from snakemake.utils import min_version
@@ -34,6 +34,8 @@ include: "rules/report.smk"
 include: "rules/gate.smk"
 include: "rules/export.smk"
 include: "rules/push.smk"
+include: "rules/provenance.smk"
+include: "rules/bundle.smk"
 include: "rules/sweep.smk"
 include: "rules/micro_base.smk"
 include: "rules/plan.smk"
@@ -56,15 +58,11 @@ localrules:
 
 
 rule all:
-    """The report, the model that it is about, to publish too, and the gate that it passed."""
+    """The report, the model that it is about, the gate that it passed, and the seal on all of it."""
     default_target: True
     input:
-        f"{RUN}/report.html",
-        f"{RUN}/merged.json",
-        f"{RUN}/merged",
-        f"{RUN}/export.json",
-        f"{RUN}/export",
-        f"{RUN}/verified.json",
+        PRODUCTS,
+        f"{RUN}/SHA256SUMS",
 
 
 rule prefetch:

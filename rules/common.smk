@@ -13,6 +13,7 @@ from longyarn import (
     chat,
     containers,
     engine,
+    environment,
     estimate,
     files,
     manifest,
@@ -34,6 +35,16 @@ except UserError as error:
 
 RUN = f"{config['paths']['results']}/{config['run']}"
 
+# What a run is asked for. The stage provenance seals it, so it runs after all of these.
+PRODUCTS = [
+    f"{RUN}/report.html",
+    f"{RUN}/merged.json",
+    f"{RUN}/merged",
+    f"{RUN}/export.json",
+    f"{RUN}/export",
+    f"{RUN}/verified.json",
+]
+
 IMAGE = containers.resolve(config, Path(workflow.basedir))
 IN_APPTAINER = (
     DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
@@ -43,6 +54,12 @@ if IN_APPTAINER:
         os.environ.update(containers.environment(config))
     except UserError as error:
         sys.exit(f"error: {error}")
+
+# Where each job ran, for its record. A Snakemake inside a job has them from the one that submitted it.
+if workflow.is_main_process or environment.COMMIT not in os.environ:
+    os.environ.update(
+        environment.variables(Path(workflow.basedir), IMAGE if IN_APPTAINER else None)
+    )
 
 # Each phase's whole configuration by its directory; the run itself, without one, comes last. Each
 # cell's likewise, the run itself first; there are no cells beside phases.

@@ -52,6 +52,7 @@ def main() -> None:
         for stage in STAGES
     }
     found = assemble(changes, manifest.read_facts(arguments.rope), facts, arguments.benchmarks)
+    manifest.write_environment(arguments.json)
     manifest.write_json(arguments.json, found)
     manifest.write_text(arguments.page, page(found, arguments.png.name))
     draw(found, arguments.png, arguments.svg)

@@ -143,6 +143,6 @@ def test_a_missed_threshold_fails_the_run_and_keeps_its_files(finished_copy):
     assert f"**This model is not verified**, because {reasons}" in card
     assert finished_copy.planned(asked, "push") == {"gate": 1, "push": 1}
     assert not (made / "verified.json").exists()
-    assert finished_copy.planned(asked) == {"gate": 1}
+    assert finished_copy.planned(asked) == {"gate": 1, "provenance": 1}
     finished_copy.snakemake()
     assert not (made / "NOT_VERIFIED.txt").exists() and (made / "verified.json").is_file()

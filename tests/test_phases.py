@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import load_file
 from test_config import DEFAULT, SCHEMA_PATH, changed, refusal
 
+import verify
 from longyarn import config, engine, manifest, requests
 from longyarn.cli import UserError
+from longyarn.sealed import Run
 
 EARLIER = {
     "rope": {"target_length": 768},
@@ -50,10 +52,12 @@ def test_a_phase_starts_from_the_merged_model_of_the_one_before(finished_copy):
     assert earlier["training"]["steps"] == 2
     assert "phase-1: YaRN to 768 tokens, 2 steps" in (run / "report.html").read_text()
     assert (run / "logs" / "phase-1" / "train.metrics.jsonl").is_file()
+    assert verify.findings(Run(run)) == []
 
     other = EARLIER | {"training": EARLIER["training"] | {"learning_rate": 2.0e-3}}
     assert finished_copy.planned({"phases": [other]}) == {
         "train": 2, "merge": 2, "perplexity": 1, "passkey": 1, "report": 1, "gate": 1, "export": 1,
+        "provenance": 1,
     }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from longyarn import manifest
 
 # These tell when each job ran and how long it took.
 OF_THEIR_TIME = {"benchmarks", "environments", "logs", "report.html", "report.json"}
+# And with them the record of all, and its hashes.
+OF_THEIR_TIME |= {"ro-crate-metadata.json", "provenance.json", "SHA256SUMS"}
 MADE = ("pack", "trained", "merged", "perplexity/trained", "passkey/trained")
 
 

@@ -16,7 +16,9 @@ from test_config import refusal as config_refusal
 from test_report import grid, perplexity_facts
 
 import sweep as stage
-from longyarn import config, manifest, sweep
+import verify
+from longyarn import config, manifest, seal, sweep
+from longyarn.sealed import Run
 
 SEEDS = [{"mix.seed": 1, "training.seed": 1}, {"mix.seed": 2, "training.seed": 2}]
 
@@ -236,8 +238,8 @@ def test_a_finished_run_is_the_default_cell(finished):
     assert finished.planned({"sweep": {"factors": factors}}, "sweep") == {
         "pack": 1, "train": 2, "merge": 2, "perplexity": 2, "passkey": 2, "sweep": 1,
     }  # fmt: skip
-    # And the run itself is not concerned.
-    assert finished.planned({"sweep": {"factors": factors}}) == {}
+    # And the run itself is not concerned, but for the configuration that is sealed with it.
+    assert finished.planned({"sweep": {"factors": factors}}) == {"provenance": 1}
 
 
 def test_what_cells_share_is_packed_for_their_steps_not_for_the_run_s(finished_copy):
@@ -288,4 +290,8 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(finished_copy):
         "default", "training.learning_rate=0.0005", "training.learning_rate=0.002",
     ]  # fmt: skip
     assert all(cell["train_seconds"] > 0 for cell in found["cells"].values())
+    # To the sealed run it is nothing, and sealed again with it, it fits.
+    assert verify.findings(Run(made)) == []
+    finished_copy.snakemake(overrides=overrides)
+    assert verify.findings(Run(made)) == [] and "sweep.json" in seal.read(made)
     assert (made / "sweep.md").is_file()

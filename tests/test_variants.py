@@ -10,8 +10,10 @@ from test_config import refusal as config_refusal
 from test_report import FOUND, GOOD, shown
 
 import perplexity
+import verify
 from longyarn import comparisons, figures, manifest, statistics, variants
 from longyarn.cli import UserError
+from longyarn.sealed import Run
 
 
 def test_newcombe_s_published_intervals():
@@ -152,7 +154,7 @@ def test_all_three_kinds_stand_in_one_report(finished_copy):
     }
     assert finished_copy.planned(overrides) == {
         "download_variant": 1, "patch_rope": 2, "perplexity": 3, "passkey": 3, "report": 1, "gate": 1,
-        "export": 1,
+        "export": 1, "provenance": 1,
     }  # fmt: skip
     assert finished_copy.planned(overrides, "prefetch") == {"download_variant": 1, "prefetch": 1}
     finished_copy.snakemake(overrides=overrides)
@@ -173,6 +175,8 @@ def test_all_three_kinds_stand_in_one_report(finished_copy):
     assert all(
         one["sentence"] in page.replace("\N{NO-BREAK SPACE}", " ") for one in compared.values()
     )
+    assert verify.findings(Run(run)) == []
+    assert "a variant is the model of another run" in "".join(verify.notes(Run(run)))
 
 
 def test_another_tokenizer_is_refused(finished, tmp_path):

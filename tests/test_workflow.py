@@ -12,7 +12,8 @@ from conftest import ROOT
 from longyarn import manifest
 
 EVALUATIONS = {"perplexity": 3, "passkey": 3}
-REPORT = {"report": 1, "gate": 1, "export": 1}
+SEAL = {"provenance": 1}
+REPORT = {"report": 1, "gate": 1, "export": 1} | SEAL
 # What depends on the training sequences. Untrained variants do not.
 FROM_PACK = {"pack": 1, "train": 1, "merge": 1, "perplexity": 1, "passkey": 1} | REPORT
 FROM_TRAIN = {"train": 1, "merge": 1, "perplexity": 1, "passkey": 1} | REPORT
@@ -36,8 +37,8 @@ CHANGES = {
     ),
     "learning rate": ({"training": {"learning_rate": 2.0e-3}}, FROM_TRAIN),
     "a threshold": ({"verify": {"merge_error": 0.9}}, REPORT),
-    "the licence on the card": ({"export": {"license": "mit"}}, {"export": 1}),
-    "where to push": ({"export": {"repository": "an/owl", "private": False}}, {}),
+    "the licence on the card": ({"export": {"license": "mit"}}, {"export": 1} | SEAL),
+    "where to push": ({"export": {"repository": "an/owl", "private": False}}, SEAL),
     "long share": ({"mix": {"long_share": 0.5}}, FROM_PACK),
     "corpus seed": ({"mix": {"seed": 1}}, FROM_PACK),
     # The untouched base, the tokens and the downloads do not depend on the target.
@@ -60,7 +61,7 @@ CHANGES = {
     ),
     "a variant of one's own defined": (
         {"evaluation": {"more_variants": {"linear-4": {"method": "linear", "factor": 4}}}},
-        {},
+        SEAL,
     ),
     "held-out documents": (
         {"corpus": {"held_out": ["shakespeare/hamlet"]}},
@@ -79,9 +80,12 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(finished, change):
 EDIT = "\n\nADDED = 1\n"
 SCRIPTS = {
     "report": REPORT,
-    "gate": {"gate": 1},
-    "export": {"export": 1},
-    "longyarn/gating": {"gate": 1, "export": 1},
+    "gate": {"gate": 1} | SEAL,
+    "export": {"export": 1} | SEAL,
+    "longyarn/gating": {"gate": 1, "export": 1} | SEAL,
+    "provenance": SEAL,
+    "longyarn/crate": SEAL,
+    "bundle": {},
     "perplexity": {"perplexity": 3} | REPORT,
     "passkey": {"passkey": 3} | REPORT,
     "longyarn/statistics": EVALUATIONS | REPORT,
@@ -161,7 +165,7 @@ def test_the_merged_model_is_a_product_and_is_rebuilt_at_once(finished_copy, pur
 @pytest.mark.parametrize("purged", ["export", "export/README.md"])
 def test_the_exported_model_is_a_product_too(finished_copy, purged):
     purge(finished_copy.directory / "results/tests" / purged)
-    assert finished_copy.planned() == {"export": 1}
+    assert finished_copy.planned() == {"export": 1} | SEAL
 
 
 def test_purged_scratch_alone_schedules_nothing(finished_copy):

@@ -30,7 +30,7 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         except PermissionError as error:
             sys.exit(f"error: no permission ({error}); grant it or choose another path")
         except Exception as error:
-            if not _disk_is_full(error):
+            if not disk_is_full(error):
                 raise
             sys.exit(f"error: no space left on the disk ({error}); free some and run again")
 
@@ -43,7 +43,7 @@ def first_line(error: BaseException) -> str:
     return re.sub(r"//[^/@\s]+@", "//", lines[0]).rstrip(".: ")
 
 
-def _disk_is_full(error: BaseException) -> bool:
+def disk_is_full(error: BaseException) -> bool:
     """Tell whether an error, or one behind it, is a full disk; safetensors says so only in words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
@@ -53,7 +53,7 @@ def _disk_is_full(error: BaseException) -> bool:
     ):
         return True
     behind = error.__cause__ or error.__context__
-    return behind is not None and _disk_is_full(behind)
+    return behind is not None and disk_is_full(behind)
 
 
 def require_space(directory: Path, size: int, what: str) -> None:

@@ -13,11 +13,13 @@ import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from longyarn.cli import UserError
+from longyarn import environment
+from longyarn.cli import UserError, disk_is_full, first_line
 
 LIBRARIES = (
     "torch", "transformers", "deepspeed", "peft", "accelerate", "safetensors", "tokenizers", "numpy",
@@ -89,6 +91,8 @@ def write(
 ) -> dict:
     """Write a stage's manifest, atomically and last, when its payload is complete.
 
+    Before it goes the record of where and when the stage ran (longyarn/environment.py).
+
     ``files`` lie below the manifest's directory; ``facts`` are the figures that later stages and
     the report read. Of an absolute path in ``settings`` or ``facts`` the last part is written.
     """
@@ -109,6 +113,7 @@ def write(
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+    write_environment(path)
     write_json(path, manifest)
     return manifest
 
@@ -122,6 +127,20 @@ def portable(value: object) -> object:
     if isinstance(value, str) and value.startswith(("/", "~")):
         return Path(value).name
     return value
+
+
+def write_environment(path: Path) -> None:
+    """Write where and when this process ran beside its result ``path``, a manifest or the report.
+
+    A record that cannot be made is said and fails no stage; a full disk does.
+    """
+    record = environment.path_of(path)
+    try:
+        write_json(record, environment.record())
+    except Exception as error:
+        if disk_is_full(error):
+            raise
+        print(f"{record} is not written ({first_line(error)})", file=sys.stderr)
 
 
 def write_json(path: Path, value: object) -> None:

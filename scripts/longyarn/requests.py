@@ -129,7 +129,8 @@ def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
     """Return the bytes of host memory that a stage needs, or None where the config does not tell."""
     training = config["training"]
     if stage in (
-        "patch_rope", "report", "gate", "export", "push", "sweep", "download_model", "checkpoint",
+        "patch_rope", "report", "gate", "export", "push", "provenance", "bundle", "sweep",
+        "download_model", "checkpoint",
     ):  # fmt: skip
         return PROCESS
     if stage == "micro_base":
@@ -192,6 +193,10 @@ def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
         return 2 * moved  # linked, and read for its hashes
     if stage == "merge":
         return 3 * moved
+    if stage == "provenance":
+        return 3 * moved  # the base, what was trained and the merged model, each read once
+    if stage == "bundle":
+        return 6 * moved
     if stage in INSTRUMENTS:
         return moved + 1.5 * evaluation_hours(config, shape, stage) * 60
     hours = training_hours(config, shape)

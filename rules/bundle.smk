@@ -1,0 +1,22 @@
+"""One archive to pass on: `snakemake bundle`. In: the seal, and so all that it lists. Out: a tar file.
+
+Not part of the chain: nothing else asks for it.
+"""
+
+
+rule bundle:
+    input:
+        seal=f"{RUN}/SHA256SUMS",
+    output:
+        archive=f"{RUN}.tar",
+    log:
+        f"{RUN}/logs/bundle.log",
+    benchmark:
+        f"{RUN}/benchmarks/bundle.tsv"
+    resources:
+        mem_mb=request("bundle", "mem_mb"),
+        runtime=request("bundle", "runtime"),
+    params:
+        code=code("bundle"),
+    shell:
+        "python scripts/bundle.py --seal {input.seal:q} --output {output.archive:q} 2>&1 | tee {log}"

@@ -1,0 +1,171 @@
+"""A sealed run as it is found: each file against every record of it, and the records against one another.
+
+The records are SHA256SUMS, the crate, and the manifests.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from longyarn import crate, runs, seal
+from longyarn.chain import chain, parts
+from longyarn.cli import UserError
+from longyarn.evaluation import INSTRUMENTS
+
+AFTER_THE_CRATE = {runs.CRATE, runs.PROVENANCE, runs.OWN_RECORD}  # which cannot list these
+
+
+class Run:
+    """A run: its files, what its records say of them, and what they are. Making one hashes everything."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.broken: list[str] = []
+        self.names = set(runs.everything(path))
+        self.sums = self.attempt(lambda: seal.read(path))
+        self.crate = self.attempt(lambda: crate.listed(self.json(runs.CRATE)))
+        self.manifests = runs.manifests(path, sorted(self.names))
+        self.makers = runs.Makers(self.manifests)
+        self.payloads = {"figures": "report"}  # directories, and the stages that filled them
+        for name, one in self.manifests.items():
+            self.payloads |= dict.fromkeys(runs.payload_directories(name, one), one["stage"])
+        self.purged = set(self.find_purged())
+        self.records = self.find_records()
+        self.real = seal.hashes(path, sorted(self.records.keys() & self.names), "verify, bytes")
+
+    def attempt(self, read: Callable[[], dict]) -> dict:
+        """Return what ``read`` does, of the seal or the crate; nothing, and a sentence, where it fails."""
+        try:
+            return read()
+        except UserError as error:
+            self.broken.append(str(error))
+        except FileNotFoundError:
+            self.broken.append(f"{self.said(runs.CRATE)} is missing; restore it")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.broken.append(f"{self.said(runs.CRATE)} was changed: it is no crate any more")
+        return {}
+
+    def json(self, name: str):
+        """Return the content of a JSON file."""
+        return json.loads((self.path / name).read_bytes())
+
+    def said(self, name: str) -> str:
+        """Return a file and the stage that made it, in words."""
+        makers = getattr(self, "makers", runs.Makers({}))
+        return f"{self.path / name}, made by {makers.stage(name) or 'no known stage'},"
+
+    def find_purged(self) -> Iterator[str]:
+        """Yield payload directories that are gone whole and that a finished run does without."""
+        for directory in self.payloads:
+            gone = not any(file.startswith(f"{directory}/") for file in self.names)
+            if gone and PurePosixPath(directory).name in runs.PURGEABLE:
+                yield directory
+
+    def find_records(self) -> dict[str, dict[str, str]]:
+        """Return by file what SHA-256 each record gives it, by the record's name."""
+        found: dict[str, dict[str, str]] = {}
+        for name, digest in self.sums.items():
+            found.setdefault(name, {})[runs.SEAL] = digest
+        for name, (_, digest) in self.crate.items():
+            found.setdefault(name, {})[runs.CRATE] = digest
+        for name, one in self.manifests.items():
+            for file, entry in runs.payload(name, one).items():
+                found.setdefault(file, {})[name] = entry["sha256"]
+        for file, digest in self.manifests.get(runs.PROVENANCE, {}).get("inputs", {}).items():
+            found.setdefault(file, {})[runs.PROVENANCE] = digest
+        return found
+
+    def findings(self) -> Iterator[str]:
+        """Yield a sentence for each thing that does not match."""
+        yield from self.broken
+        yield from self.of_files()
+        yield from self.of_records()
+        yield from self.of_payloads()
+        yield from self.of_chain()
+
+    def of_files(self) -> Iterator[str]:
+        """Compare each file with every record of it; where only some differ, those were changed."""
+        for name, records in sorted(self.records.items()):
+            if name not in self.names:
+                if not any(name.startswith(f"{directory}/") for directory in self.purged):
+                    yield f"{self.said(name)} is missing, and {listing(records)}; restore it"
+                continue
+            other = [record for record, digest in records.items() if digest != self.real[name]]
+            if other and len(other) == len(records):
+                doubt = ", or that was changed" if len(other) == 1 else ""
+                yield f"{self.said(name)} was changed: {listing(other)} with another SHA-256{doubt}"
+                continue
+            for record in other:
+                yield (
+                    f"{self.said(record)} was changed: it lists {name} with another SHA-256 than the file "
+                    "and its other records have"
+                )
+
+    def of_records(self) -> Iterator[str]:
+        """Compare what SHA256SUMS and the crate list; neither may lack a file."""
+        if self.sums:
+            own = AFTER_THE_CRATE & (self.names | {runs.CRATE, runs.PROVENANCE})
+            for name in sorted({*self.crate, runs.CONFIG, *own} - {*self.sums}):
+                yield f"{self.said(runs.SEAL)} was changed: it lacks {name}"
+        if self.crate:
+            for name in sorted({*self.sums} - {*self.crate, *AFTER_THE_CRATE}):
+                yield f"{self.said(runs.CRATE)} was changed: it lacks {name}, which {runs.SEAL} lists"
+        for name, (size, digest) in self.crate.items():
+            if self.real.get(name) == digest and (self.path / name).stat().st_size != size:
+                yield f"{self.said(runs.CRATE)} was changed: it lists {name} with another size"
+
+    def strays(self) -> Iterator[tuple[str, str]]:
+        """Yield each file that lies in the directory of a payload and is not of it, and the directory."""
+        for name in sorted(self.names - self.records.keys()):
+            above = [str(parent) for parent in PurePosixPath(name).parents]
+            holder = next((directory for directory in above if directory in self.payloads), None)
+            empty = not (self.path / name).stat().st_size
+            if holder and not (name.rpartition("/")[2] == runs.TIMESTAMP and empty):
+                yield name, holder
+
+    def of_payloads(self) -> Iterator[str]:
+        """Name files that are in a payload and not of it: merged/evil.py."""
+        for name, holder in self.strays():
+            stage = self.payloads[holder]
+            yield f"{self.path / name} lies in {holder}/, where {stage} did not put it; remove it"
+
+    def of_chain(self) -> Iterator[str]:
+        """Follow each sealed manifest to those that it was made from."""
+        jobs: dict[str, str] = {}
+        all_jobs = {runs.job_of(name, one["stage"]): name for name, one in self.manifests.items()}
+        for job, name in all_jobs.items():
+            within, stage, variant = parts(job)
+            if name not in self.real or name == runs.PROVENANCE:
+                continue
+            if variant.startswith("step-") or (within and not within.startswith("phase-")):
+                # Of a checkpoint or a cell: what it shares with others lies elsewhere.
+                for source, digest in self.manifests[name]["inputs"].items():
+                    if digest not in self.real.values():
+                        yield f"{self.said(name)} was made from another {source} than there is now"
+            elif (
+                stage not in INSTRUMENTS
+                or variant == "trained"
+                or f"patch_rope.{variant}" in all_jobs
+            ):
+                jobs[job] = name
+            # Else it is about another run's model, whose own seal follows it further.
+        try:
+            rope = self.json(runs.REPORT)["rope"]["trained"]
+            _, broken = chain(
+                {job: self.manifests[name] for job, name in jobs.items()},
+                {job: self.real[name] for job, name in jobs.items()},
+                rope,
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+            yield f"the manifests of {self.path} cannot be followed, because one is missing or broken"
+            return
+        for sentence in broken:
+            yield f"in {self.path}, {sentence[:-1].replace('the one reported here', 'there is now')}"
+
+
+def listing(records) -> str:
+    """Return which records list something, in words."""
+    names = sorted(records)
+    if len(names) == 1:
+        return f"{names[0]} lists it"
+    return f"{', '.join(names[:-1])} and {names[-1]} list it"

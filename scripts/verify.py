@@ -1,0 +1,152 @@
+"""Verify a sealed run: `make verify RUN=results/micro`.
+
+Every file is hashed and compared with SHA256SUMS, the crate and its manifest; manifests are followed to
+those that they were made from; the report's figures are computed anew. A sentence for each thing that does
+not match, and exit code 1. docs/provenance.md says what that proves. It needs neither torch nor a network.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from longyarn import manifest, runs
+from longyarn.chain import STAGES
+from longyarn.cli import UserError, program
+from longyarn.evaluation import INSTRUMENTS
+from longyarn.sealed import Run
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+# Sections of the configuration that a manifest has whole.
+SECTIONS = {"training": "trained.json", "verify": "verified.json"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, nargs="?", help="the run's directory: results/micro")
+    path = parser.parse_args().run
+    if path is None:
+        raise UserError("no run is named; say `make verify RUN=results/micro`")
+    runs.require(path)
+    run = Run(path)
+    found = findings(run)
+    for note in notes(run):
+        print(f"note: {note}", file=sys.stderr)
+    for finding in found:
+        print(f"error: {finding}", file=sys.stderr)
+    if found:
+        sys.exit(1)
+    print(
+        f"{path} is whole: {len(run.sums)} files and {len(run.manifests)} manifests are as they were sealed; "
+        f"the SHA-256 of {runs.SEAL}, to compare with the one that you wrote down elsewhere, is "
+        f"{manifest.sha256(path / runs.SEAL)}"
+    )
+
+
+def findings(run: Run) -> list[str]:
+    """Return a sentence for each thing that does not match."""
+    # Of files that are not what they were, figures tell nothing.
+    return list(run.findings()) or [*of_figures(run), *of_config(run)]
+
+
+def of_figures(run: Run) -> Iterator[str]:
+    """Compute report.json from the manifests anew and compare it, all but the timings."""
+    if why_not_computed(run):
+        return
+    import report
+
+    said = run.json(runs.REPORT)
+    jobs = reported(run, said)
+    made = report.assemble(
+        {job: run.manifests[name] for job, name in jobs.items()},
+        {job: run.real[name] for job, name in jobs.items()},
+        said["rope"]["trained"],
+        run.manifests["verified.json"]["settings"],
+    )
+    made["model"]["disclosure"] = said["model"]["disclosure"]
+    made["timings"] = said["timings"]
+    made = json.loads(json.dumps(made))
+    for key in sorted(said.keys() | made.keys()):
+        if not same(said.get(key), made.get(key)):
+            yield f"{run.said(runs.REPORT)} has other {key!r} than the manifests give"
+
+
+def why_not_computed(run: Run) -> str | None:
+    """Return why the report cannot be computed anew here, or None."""
+    said = run.json(runs.REPORT)
+    if said["code"]["report"] != manifest.code_hash(CHECKOUT / "scripts" / "report.py"):
+        return "the code of report is another one here"
+    if not reported(run, said).keys() <= jobs_of(run).keys():
+        return "a variant is the model of another run"
+    return None
+
+
+def jobs_of(run: Run) -> dict[str, str]:
+    """Return the names of manifests by job."""
+    return {runs.job_of(name, one["stage"]): name for name, one in run.manifests.items()}
+
+
+def reported(run: Run, said: dict) -> dict[str, str]:
+    """Return the manifests that a report was made from by job; the name is empty of one that is not here."""
+    jobs = jobs_of(run)
+    wanted = [*STAGES.values()]
+    wanted += [f"patch_rope.{variant}" for variant in said["rope"]["variants"]]
+    for stage in INSTRUMENTS:
+        wanted += [f"{stage}.{variant}" for variant in said[stage]]
+        models = (f"download_model.{variant}" for variant in said[stage])
+        wanted += [job for job in models if job in jobs]
+    for phase in said["phases"]:
+        name = phase["name"]
+        wanted += [job for job in jobs if job.startswith(f"{name}/patch_rope.")]
+        wanted += [f"{name}/{stage}" for stage in ("pack", "train", "merge")]
+    return {job: jobs.get(job, "") for job in wanted}
+
+
+def of_config(run: Run) -> Iterator[str]:
+    """Compare the configuration with what stages ran with."""
+    config = yaml.safe_load((run.path / runs.CONFIG).read_bytes())
+    for section, name in SECTIONS.items():
+        if config[section] != run.manifests[name]["settings"]:
+            stage = run.makers.stage(name)
+            yield f"{run.said(runs.CONFIG)} has another {section!r} than {stage} ran with, by {name}"
+
+
+def notes(run: Run) -> Iterator[str]:
+    """Yield a sentence for each thing that is no error but that one should know."""
+    for directory in sorted(run.purged):
+        yield f"{run.path / directory}/ is not here, so not checked; a finished run does without it"
+    later = {*runs.to_seal(run.names)} - run.records.keys() - {name for name, _ in run.strays()}
+    if later:
+        yield (
+            f"not sealed, because they came later: {len(later)} of the files here, {min(later)} for one; "
+            "`snakemake --forcerun provenance` seals them"
+        )
+    if (run.path / runs.MARK).is_file():
+        yield f"{run.path / runs.MARK} says that this run misses a threshold"
+    for sentence in runs.other_code(run.manifests, CHECKOUT):
+        yield f"{sentence}, in this checkout"
+    try:
+        why = why_not_computed(run)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # an error says more
+    if why:
+        yield f"the figures of the report are not computed anew, because {why}"
+
+
+def same(one: object, other: object) -> bool:
+    """Tell whether two values are equal, numbers but for what rounding differs between machines."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+    return one == other
+
+
+if __name__ == "__main__":
+    program(main)()
