@@ -2,7 +2,7 @@
 
 The stages, in order; each is rules/X.smk with scripts/X.py and targets a manifest:
 download_model, download_corpus, patch_rope, tokenise, pack, train, merge, perplexity, passkey, report,
-gate.
+gate. Where the config names a model trained elsewhere, adopt takes the place of train.
 """
 
 from snakemake.utils import min_version
@@ -24,7 +24,7 @@ include: "rules/download_corpus.smk"
 include: "rules/patch_rope.smk"
 include: "rules/tokenise.smk"
 include: "rules/pack.smk"
-include: "rules/train.smk"
+include: f"rules/{TRAINED_BY}.smk"
 include: "rules/checkpoint.smk"
 include: "rules/merge.smk"
 include: "rules/perplexity.smk"
@@ -71,6 +71,7 @@ rule prefetch:
         f"{RUN}/corpus",
         expand(f"{RUN}/models/{{name}}.json", name=PUBLISHED),
         expand(f"{RUN}/models/{{name}}", name=PUBLISHED),
+        [f"{RUN}/trained.json", f"{RUN}/trained"] if FROM_ELSEWHERE else [],
 
 
 rule preflight:

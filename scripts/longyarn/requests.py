@@ -128,7 +128,7 @@ def known_shape(config: dict) -> Shape | None:
 def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
     """Return the bytes of host memory that a stage needs, or None where the config does not tell."""
     training = config["training"]
-    if stage in ("patch_rope", "report", "gate", "sweep", "download_model", "checkpoint"):
+    if stage in ("patch_rope", "report", "gate", "sweep", "download_model", "checkpoint", "adopt"):
         return PROCESS
     if stage == "micro_base":
         return 4 * PROCESS
@@ -184,7 +184,7 @@ def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
     if shape is None:
         return None
     moved = 2 * shape.parameters / DISK / 60  # the weights read once
-    if stage == "download_model":
+    if stage in ("download_model", "adopt"):  # adopt reads the base too
         return 5 * moved
     if stage == "merge":
         return 3 * moved
