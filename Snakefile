@@ -33,6 +33,8 @@ include: "rules/harness.smk"
 include: "rules/report.smk"
 include: "rules/gate.smk"
 include: "rules/sweep.smk"
+include: "rules/export_llamafactory.smk"
+include: "rules/export_axolotl.smk"
 include: "rules/micro_base.smk"
 include: "rules/plan.smk"
 
