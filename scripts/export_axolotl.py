@@ -92,7 +92,9 @@ def start(training: dict) -> str:
         return "axolotl train train.yaml"
     processes = f"--nproc-per-node={training['gpus']}"
     if training["nodes"] > 1:
-        processes = f"--nnodes={training['nodes']} --rdzv-backend=c10d --rdzv-endpoint=…:29500 {processes}"
+        processes = (
+            f"--nnodes={training['nodes']} --rdzv-backend=c10d --rdzv-endpoint=…:29500 {processes}"
+        )
     return f"axolotl train train.yaml --launcher torchrun -- {processes}"
 
 
@@ -165,7 +167,9 @@ def differences(training: dict) -> list[str]:
     if not training["gpus"]:
         found.append(f"training.gpus 0 cannot be expressed: {NAME} trains on GPUs")
     if training["sp_size"] > 1:
-        found.append("training.sp_size shares sequences by ring attention there, not by DeepSpeed Ulysses")
+        found.append(
+            "training.sp_size shares sequences by ring attention there, not by DeepSpeed Ulysses"
+        )
     if training["loss"] == "chunked":
         found.append(
             "training.loss chunked cannot be expressed, so all logits of a sequence are held; "

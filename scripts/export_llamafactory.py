@@ -157,9 +157,13 @@ def settings(run: handover.Run, output: str) -> tuple[dict, list[str]]:
     else:
         values["use_cpu"] = True
     if training["attention"] not in ATTENTION:
-        notes.append(f"training.attention {training['attention']} cannot be expressed; sdpa is written")
+        notes.append(
+            f"training.attention {training['attention']} cannot be expressed; sdpa is written"
+        )
     if training["gpus"] and training["precision"] == "fp32":
-        notes.append("training.precision fp32 cannot be expressed on GPUs, where it loads weights in 16 bits")
+        notes.append(
+            "training.precision fp32 cannot be expressed on GPUs, where it loads weights in 16 bits"
+        )
     if training["loss"] == "chunked":
         notes.append(
             "training.loss chunked cannot be expressed, so all logits of a sequence are held; "

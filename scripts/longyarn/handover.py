@@ -190,6 +190,9 @@ Train, in this directory:
 {chr(10).join(commands)}
 ```
 
+The result lies beside this directory, which the next export replaces. Training goes on from a checkpoint
+that lies there, so move an older result away first.
+
 Bring the result back: add to the run's configuration
 
 ```yaml
@@ -234,5 +237,3 @@ def unsaid(training: dict, keys: dict[str, object]) -> list[str]:
         for key, nothing in keys.items()
         if training[key] != nothing
     ]
-
-

@@ -1,11 +1,13 @@
 """Read an export with Axolotl's own code: its check of the settings, its data set, packing and collator.
 
-Prints JSON: the settings that it does not know, and its batches. Only its cache of the prepared data set is
-left out. Started by tests/test_export_axolotl.py in the export's directory, with Axolotl on PYTHONPATH.
+Prints JSON for each directory: the settings that it does not know, and its batches. Only its cache of the
+prepared data set is left out. Started by tests/test_export_axolotl.py, with Axolotl on PYTHONPATH.
 """
 
 import json
 import math
+import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -27,6 +29,16 @@ from axolotl.utils.schemas.config import AxolotlInputConfig  # noqa: E402
 
 
 def main() -> None:
+    sft.save_preprocessed_dataset = lambda *arguments: None
+    found = []
+    for directory in sys.argv[1:]:
+        os.chdir(directory)
+        found.append(read())
+    print(json.dumps(found))
+
+
+def read() -> dict:
+    """Return what it makes of the export in the working directory."""
     said = yaml.safe_load(Path("train.yaml").read_text(encoding="utf-8"))
     liger = {"plugins", "liger_fused_linear_cross_entropy"}  # known when that plugin is loaded
     unknown = sorted(said.keys() - AxolotlInputConfig.model_fields.keys() - liger)
@@ -34,7 +46,6 @@ def main() -> None:
     settings = DictDefault(checked.model_dump(exclude_none=True))
     settings.batch_size = settings.micro_batch_size * settings.gradient_accumulation_steps
     settings.dataset_num_proc = 1
-    sft.save_preprocessed_dataset = lambda *arguments: None
     tokenizer = AutoTokenizer.from_pretrained(settings.base_model)
     tokenizer.pad_token = tokenizer.eos_token
     rows, _, steps, _ = sft.prepare_datasets(settings, tokenizer)
@@ -57,7 +68,7 @@ def main() -> None:
         collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple)
         batches = [collate([row]) for row in rows]
     found = [{key: value.tolist() for key, value in batch.items()} for batch in batches]
-    print(json.dumps({"unknown": unknown, "steps": steps, "batches": found}))
+    return {"unknown": unknown, "steps": steps, "batches": found}
 
 
 if __name__ == "__main__":
