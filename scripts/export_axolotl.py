@@ -54,7 +54,7 @@ def main() -> None:
     handover.warn("export_axolotl", notes)
     with manifest.new_directory(arguments.output) as directory:
         handover.write_model(run, directory / "model")
-        rows = handover.write_dataset(directory / "dataset", COLUMNS, examples(run), None)
+        rows = handover.write_dataset(run, directory / "dataset", COLUMNS, examples(run), None)
         if "deepspeed" in values:
             manifest.write_json(
                 directory / values["deepspeed"], engine.deepspeed_config(run.training)

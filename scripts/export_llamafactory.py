@@ -57,7 +57,7 @@ def main() -> None:
     with manifest.new_directory(arguments.output) as directory:
         handover.write_model(run, directory / "model")
         rows = handover.write_dataset(
-            directory / "dataset", columns(run), sequences(run), len(run.data)
+            run, directory / "dataset", columns(run), sequences(run), len(run.data)
         )
         if "deepspeed" in values:
             manifest.write_json(

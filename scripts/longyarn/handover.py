@@ -7,12 +7,12 @@ written as a `datasets` directory, tokenised, packed and labelled as training he
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from longyarn import manifest, packing, rope
-from longyarn.cli import progress
+from longyarn.cli import progress, require_space
 from longyarn.sequences import Packed
 
 IGNORED = -100  # a label that counts in no loss
@@ -123,13 +123,17 @@ def modules(run: Run) -> tuple[list[str], list[str], bool]:
     return sorted(leaves), whole, tied and run.training["lora"]["train_embeddings"]
 
 
-def write_dataset(directory: Path, columns: Iterable[str], rows: Iterator[dict], total: int) -> int:
-    """Write ``rows`` of lists of integers as a split `train` that datasets.load_from_disk reads.
+def write_dataset(
+    run: Run, directory: Path, columns: Sequence[str], rows: Iterator[dict], total: int | None
+) -> int:
+    """Write ``rows`` of integers, in all those of the pack, as a `train` that datasets.load_from_disk reads.
 
     One row at a time, without a copy in a cache; equal rows give equal bytes. Returns how many there were.
     """
     import pyarrow
 
+    size = 4 * len(columns) * len(run.data) * run.length
+    require_space(directory.parent, size, "the packed sequences as a data set")
     kind = {"_type": "Sequence", "feature": {"_type": "Value", "dtype": "int32"}}
     features = dict.fromkeys(columns, kind)
     about = json.dumps({"info": {"features": features}})
