@@ -61,7 +61,7 @@ def main() -> None:
         )
         if "deepspeed" in values:
             manifest.write_json(
-                directory / values["deepspeed"], engine.deepspeed_config(run.training)
+                directory / values["deepspeed"], engine.deepspeed_config(alone(run.training))
             )
         handover.write_settings(directory / "train.yaml", values, HEAD, notes)
         handover.write_readme(
@@ -104,6 +104,11 @@ def start(training: dict) -> str:
     return f"FORCE_TORCHRUN=1 {nodes}NPROC_PER_NODE={training['gpus']} {command}"
 
 
+def alone(training: dict) -> dict:
+    """Return section `training` for processes that share no sequence, so that the batch stays the same."""
+    return training | {"sp_size": 1, "gradient_accumulation_steps": None}
+
+
 def settings(run: handover.Run, output: str) -> tuple[dict, list[str]]:
     """Return its arguments for the same training, and a note for each thing that they do not say."""
     training, notes = run.training, handover.unsaid(run.training, LACKING)
@@ -126,7 +131,7 @@ def settings(run: handover.Run, output: str) -> tuple[dict, list[str]]:
         values |= adapter(run, notes)
     values |= {
         "per_device_train_batch_size": training["micro_batch_size"],
-        "gradient_accumulation_steps": batches.accumulation(training),
+        "gradient_accumulation_steps": batches.accumulation(alone(training)),
         "num_train_epochs": run.epochs,
     }
     if training["steps"] is not None:

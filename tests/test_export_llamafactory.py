@@ -121,6 +121,14 @@ def test_full_training_on_gpus_has_deepspeed_and_a_launcher(made):
     assert "FORCE_TORCHRUN=1 NPROC_PER_NODE=2" in (output / "README.md").read_text()
 
 
+def test_without_shared_sequences_the_batch_stays_the_same(made, capsys):
+    shared = {"gpus": 2, "sp_size": 2, "zero_stage": 3, "attention": "flash_attention_2"}
+    output = exports.export(export_llamafactory, made, batch_size=4, precision="bf16", **shared)
+    assert "training.sp_size 2 cannot be expressed" in capsys.readouterr().err
+    assert exports.said(output)["gradient_accumulation_steps"] == 2  # of each of two
+    assert json.loads((output / "deepspeed.json").read_text())["gradient_accumulation_steps"] == 2
+
+
 def test_a_tied_embedding_trained_apart_is_warned_of(tmp_path, capsys):
     made = exports.make(tmp_path, tie_word_embeddings=True)
     exports.export(export_llamafactory, made, lora={"rank": 4, "train_embeddings": True})
