@@ -2,7 +2,8 @@
 
 The stages, in order; each is rules/X.smk with scripts/X.py and targets a manifest:
 download_model, download_corpus, patch_rope, tokenise, pack, train, merge, perplexity, passkey, report,
-gate, export, provenance; push and bundle are targets of their own.
+gate, export, provenance; push and bundle are targets of their own, and so are the exports to other
+frameworks. Where the config names a model trained elsewhere, adopt takes the place of train.
 """
 
 from snakemake.utils import min_version
@@ -24,7 +25,7 @@ include: "rules/download_corpus.smk"
 include: "rules/patch_rope.smk"
 include: "rules/tokenise.smk"
 include: "rules/pack.smk"
-include: "rules/train.smk"
+include: f"rules/{TRAINED_BY}.smk"
 include: "rules/checkpoint.smk"
 include: "rules/merge.smk"
 include: "rules/perplexity.smk"
@@ -37,6 +38,8 @@ include: "rules/push.smk"
 include: "rules/provenance.smk"
 include: "rules/bundle.smk"
 include: "rules/sweep.smk"
+include: "rules/export_llamafactory.smk"
+include: "rules/export_axolotl.smk"
 include: "rules/micro_base.smk"
 include: "rules/plan.smk"
 
@@ -74,6 +77,7 @@ rule prefetch:
         f"{RUN}/corpus",
         expand(f"{RUN}/models/{{name}}.json", name=PUBLISHED),
         expand(f"{RUN}/models/{{name}}", name=PUBLISHED),
+        [f"{RUN}/trained.json", f"{RUN}/trained"] if FROM_ELSEWHERE else [],
 
 
 rule preflight:

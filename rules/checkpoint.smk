@@ -18,12 +18,12 @@ rule checkpoint:
         f"{RUN}/benchmarks/step-{{step}}/checkpoint.tsv"
     resources:
         # Not params: a setting that only watches must not delete what cannot be made anew.
-        settings=as_json(config["training"]),
+        settings=lambda wildcards: as_json(training_of(wildcards)),
         mem_mb=request("checkpoint", "mem_mb"),
         runtime=request("checkpoint", "runtime"),
     params:
         code=code("checkpoint"),
-        defining=as_json(engine.defining(config["training"])),
+        defining=lambda wildcards: as_json(engine.defining(training_of(wildcards))),
         work=config["paths"]["work"],
         trained=f"{RUN}/trained.json",
     shell:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
+from adopt import WANTED as ADOPTED
 from download_model import WANTED
 from longyarn import (
     chat,
@@ -77,6 +78,8 @@ def rope_of(settings):
 
 
 TRAINED_ROPE = rope_of(config)
+FROM_ELSEWHERE = bool(config["training"]["source"])
+TRAINED_BY = "adopt" if FROM_ELSEWHERE else "train"
 VARIANTS = config["evaluation"]["variants"]
 MORE_VARIANTS = config["evaluation"]["more_variants"]
 PUBLISHED = [name for name in VARIANTS if "source" in MORE_VARIANTS.get(name, {})]
@@ -150,6 +153,12 @@ def owner(name, stage):
     )
 
 
+def training_of(wildcards):
+    """Return what config section `training` says of training itself, for a job's phase or cell."""
+    training = phase_of(wildcards)["training"]
+    return {k: v for k, v in training.items() if k not in ("source", "revision")}
+
+
 def before(wildcards):
     """Return the model that a phase starts from, without ending: the base, or the last phase's own."""
     names, name = list(PHASES), phase_name(wildcards)
@@ -203,6 +212,12 @@ def local_model_files(wildcards):
     """Return the files of a local source, so that a changed model is noticed; none for the hub."""
     source = Path(source_of(wildcards)["source"]).expanduser()
     return sorted({str(file) for pattern in WANTED for file in source.glob(pattern)})
+
+
+def local_trained_files(wildcards):
+    """Return the files of a local training.source, so that a changed one is noticed; none for the hub."""
+    source = Path(config["training"]["source"]).expanduser()
+    return sorted({str(file) for pattern in ADOPTED for file in source.glob(pattern)})
 
 
 def local_corpus_files(wildcards):
@@ -305,6 +320,7 @@ def tokens_to_read(wildcards):
     if (
         phase_name(wildcards) not in PHASES | CELLS
         or settings["training"]["steps"] is None
+        or FROM_ELSEWHERE
     ):
         return ""
     return f"--read {estimate.training_tokens(settings)}"

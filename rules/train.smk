@@ -43,7 +43,7 @@ rule train:
         time_limit="--minutes-are-a-limit" if workflow.remote_exec else "",
     params:
         code=code("train"),
-        settings=lambda wildcards: as_json(phase_of(wildcards)["training"]),
+        settings=lambda wildcards: as_json(training_of(wildcards)),
         # What `container:` does by itself: another image trains again.
         image=IMAGE if IN_APPTAINER and not TRAINING_IMAGE else "",
         nodes=NODES,

@@ -101,7 +101,6 @@ def costs(config: dict) -> str:
     """Return the table of tokens, memory, disk, arithmetic and hours."""
     shape = shape_of(config)
     setup = estimate.Setup.of(config)
-    parts = estimate.memory(shape, setup)
     trained = shape.trained_parameters(setup.mode, setup.lora)
     lines = [
         f"Plan of {config['run']}: {config['model']['source']}",
@@ -110,11 +109,8 @@ def costs(config: dict) -> str:
     for name, phase in phases(config).items():
         lines.append(f"  {name.strip('/') or 'tokens':12}{tokens_of(phase)}")
     lines.append(f"  hardware    {hardware(config)}")
-    lines.append("")
-    lines.append(f"Memory of each {'GPU' if setup.on_gpu else 'process'} in training, GiB")
-    lines += [f"  {name:20}{size / estimate.GIB:9.2f}" for name, size in parts.items() if size]
-    room = f" of {requests.gpu(config)['gib']:g}" if setup.on_gpu else ", and the libraries' 0.5"
-    lines.append(f"  {'most at once':20}{estimate.peak(parts) / estimate.GIB:9.2f}{room}")
+    if not config["training"]["source"]:
+        lines += ["", *memory(config, estimate.memory(shape, setup), setup.on_gpu)]
     lines.append("")
     lines.append("Disk, GB")
     written = written_to_disk(shape, config)
@@ -125,9 +121,19 @@ def costs(config: dict) -> str:
     return "\n".join(lines)
 
 
+def memory(config: dict, parts: dict[str, float], on_gpu: bool) -> list[str]:
+    """Return the lines on the memory of training, by part in bytes."""
+    lines = [f"Memory of each {'GPU' if on_gpu else 'process'} in training, GiB"]
+    lines += [f"  {name:20}{size / estimate.GIB:9.2f}" for name, size in parts.items() if size]
+    room = f" of {requests.gpu(config)['gib']:g}" if on_gpu else ", and the libraries' 0.5"
+    return [*lines, f"  {'most at once':20}{estimate.peak(parts) / estimate.GIB:9.2f}{room}"]
+
+
 def tokens_of(config: dict) -> str:
     """Return the tokens that training reads, in words."""
     tokens, training = estimate.training_tokens(config), config["training"]
+    if training["source"]:
+        return f"none: {training['source']} was trained elsewhere"
     if tokens is None:
         return "as many as the corpus gives: state mix.token_budget to plan them"
     length = batches.sequence_length(config)
@@ -194,7 +200,7 @@ def check_fit(config: dict) -> None:
     if not config["training"]["gpus"]:
         return
     name, size = config["hardware"]["gpu"], requests.gpu(config)["gib"]
-    if lacking(config) > 0:
+    if lacking(config) > 0 and not config["training"]["source"]:
         parts = estimate.memory(shape_of(config), estimate.Setup.of(config))
         most = max(parts, key=parts.get)
         raise UserError(

@@ -61,7 +61,8 @@ def test_the_target_says_all_and_runs_nothing(workspace):
     done = workspace.snakemake("preflight")
     said = outcomes(done)
     assert list(said) == [
-        "command", "image", "gpus", "disk", "hub", "corpus", "destination", "lm_eval", "slurm", "walltime",
+        "command", "image", "gpus", "disk", "hub", "elsewhere", "corpus", "destination", "lm_eval", "slurm",
+        "walltime",
     ], done.stdout  # fmt: skip
     assert said.pop("command") == "ok: cores and rules"
     assert said.pop("disk").startswith("ok: ")
@@ -69,6 +70,7 @@ def test_the_target_says_all_and_runs_nothing(workspace):
         "image": "not checked: no job to come runs in a container (--sdm apptainer)",
         "gpus": "not checked: no job to come asks for a GPU of this machine",
         "hub": "not checked: model.source is a directory",
+        "elsewhere": "not checked: no model trained elsewhere is to come",
         "corpus": "not checked: the corpus has no local files and no data sets of the hub",
         "destination": "not checked: nothing is to be pushed",
         "lm_eval": "not checked: no task of lm_eval is to come",

@@ -7,10 +7,12 @@ from longyarn import manifest
 from longyarn.cli import UserError
 
 
-def attach(model, settings: dict):
-    """Return ``model`` with a fresh adapter as config section ``training.lora`` describes it."""
+def chosen(model, settings: dict) -> tuple[list[str], list[str], bool]:
+    """Return what of a model gets an adapter, by whole names, and what is trained whole, by last parts.
+
+    As config section ``training.lora`` describes it. And whether the output head is the input embedding.
+    """
     import torch
-    from peft import LoraConfig, get_peft_model
 
     linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     head = model.get_output_embeddings()
@@ -33,6 +35,14 @@ def attach(model, settings: dict):
             "the model's output head is its input embedding, so training.lora.train_output_head needs "
             "train_embeddings too"
         )
+    return targets, whole, tied
+
+
+def attach(model, settings: dict):
+    """Return ``model`` with a fresh adapter as config section ``training.lora`` describes it."""
+    from peft import LoraConfig, get_peft_model
+
+    targets, whole, tied = chosen(model, settings)
     return get_peft_model(
         model,
         LoraConfig(

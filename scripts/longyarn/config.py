@@ -240,6 +240,7 @@ def check(config: dict) -> None:
             "true; write the commit's 40 hexadecimal digits, which the manifest base.json of an earlier "
             "run has"
         )
+    check_source(config)
     target = config["rope"]["target_length"]
     for instrument in instruments(config["evaluation"]):
         for length in config["evaluation"][instrument]["lengths"]:
@@ -262,6 +263,30 @@ def check(config: dict) -> None:
     check_training(config)
     variants.check(config)
     check_verify(config)
+
+
+def check_source(config: dict) -> None:
+    """Refuse a model trained elsewhere where it has no meaning, and a revision that says nothing."""
+    source, revision = config["training"]["source"], config["training"]["revision"]
+    named = any("source" in phase.get("training", {}) for phase in config["phases"])
+    if config["phases"] and (source or named):
+        raise UserError(
+            "training.source is a model trained elsewhere, in which this run has no part, so it has no "
+            "phases; set phases to [] and training.source in section training"
+        )
+    if source and config["sweep"]["factors"]:
+        raise UserError(
+            "training.source is a model trained elsewhere, so there is nothing to sweep; set sweep.factors "
+            "to {}"
+        )
+    if revision and not source:
+        raise UserError("training.revision is that of training.source, which is null; set both")
+    moves = revision and not re.fullmatch("[0-9a-f]{40}", revision)
+    if moves and config["model"]["locked"]:
+        raise UserError(
+            f"training.revision {revision} is a branch or a tag, which can move, and model.locked is true; "
+            "write the commit's 40 hexadecimal digits"
+        )
 
 
 def check_verify(config: dict) -> None:
@@ -383,6 +408,9 @@ def check_training(config: dict) -> None:
             f"{rope['beta_slow']:g}; 32 and 1 are the paper's"
         )
     training = config["training"]
+    if training["source"]:
+        check_mix(config)
+        return
     if (training["steps"] is None) == (training["epochs"] is None):
         raise UserError("state either training.steps or training.epochs, and leave the other null")
     batches.accumulation(training)
@@ -451,7 +479,7 @@ def check_mix(config: dict) -> None:
                 f"mix.short_from names the collection {name!r}, to which mix.shares gives nothing; give "
                 "it a share or take it out"
             )
-    if mix["token_budget"] is not None and training["steps"] is not None:
+    if mix["token_budget"] and training["steps"] and not training["source"]:
         length = batches.sequence_length(config)
         batches.require_enough(
             mix["token_budget"] // length,

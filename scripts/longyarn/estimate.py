@@ -254,8 +254,13 @@ def perplexity_tokens(config: dict) -> list[tuple[int, int]]:
 
 
 def training_tokens(config: dict) -> int | None:
-    """Return the tokens that training reads, or None where only the corpus tells: epochs of all."""
+    """Return the tokens that training reads, or None where only the corpus tells: epochs of all.
+
+    None too where it took place elsewhere.
+    """
     training, budget = config["training"], config["mix"]["token_budget"]
+    if training["source"]:
+        return None
     if training["steps"] is not None:
         return training["steps"] * training["batch_size"] * batches.sequence_length(config)
     return None if budget is None else round(training["epochs"] * budget)

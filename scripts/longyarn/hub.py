@@ -25,6 +25,7 @@ SMALL = (
     "merges.txt", "chat_template.j*", "LICENSE*",
 )  # fmt: skip
 CODE = ("*.py",)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TENSORS = ".safetensors"
 NESTED = ["*/*"]  # a pattern's * matches a slash too
 
@@ -50,6 +51,13 @@ class Found:
 
 def find(repository: str, revision: str, cache: Path) -> Found:
     """Find a model on the hub, and make sure that it may be downloaded; or find it in the cache."""
+    found = locate(repository, revision, cache)
+    check_it_is_a_model(found)
+    return found
+
+
+def locate(repository: str, revision: str, cache: Path) -> Found:
+    """Find a repository, whatever it holds, on the hub or in the cache."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -68,9 +76,7 @@ def find(repository: str, revision: str, cache: Path) -> Found:
             online = False
         except (Unreachable, CachedRepoTreeNotFoundError):
             raise error from None
-    found = Found(repository, revision, commit, {f.rfilename: f for f in files}, cache, online)
-    check_it_is_a_model(found)
-    return found
+    return Found(repository, revision, commit, {f.rfilename: f for f in files}, cache, online)
 
 
 def _commit(repository: str, revision: str, cache: Path, **more) -> str:
@@ -116,24 +122,8 @@ def bring(found: Found, code: bool) -> Path:
     ``code``: the model's own Python files too. Where the hub is out of reach this only makes sure that
     nothing is missing. Raises ``UserError`` for that, and for a file that differs from its hash.
     """
-    from huggingface_hub import snapshot_download
-
     remove_leftovers(found)
-
-    def fetch(patterns: list[str]) -> Path:
-        with errors(found.repository, found.revision):
-            return Path(
-                snapshot_download(
-                    found.repository,
-                    revision=found.commit,
-                    cache_dir=found.cache / "hub",
-                    allow_patterns=patterns,
-                    ignore_patterns=NESTED,
-                    local_files_only=not found.online,
-                )
-            )
-
-    snapshot = fetch([*SMALL, *(CODE if code else ())])
+    snapshot = _fetch(found, [*SMALL, *(CODE if code else ())])
     here = (file for file in snapshot.iterdir() if file.name in found.files)
     check_hashes(found, sorted(file for file in here if file.suffix != TENSORS))
     tensors = [snapshot / "model.safetensors"]
@@ -147,9 +137,33 @@ def bring(found: Found, code: bool) -> Path:
             )
     missing = sum(found.files[file.name].size for file in tensors if not file.exists())
     require_space(found.cache, missing, found.repository)
-    fetch([glob.escape(file.name) for file in tensors])
+    _fetch(found, [glob.escape(file.name) for file in tensors])
     check_hashes(found, tensors)
     return snapshot
+
+
+def bring_adapter(found: Found) -> Path:
+    """Download an adapter in PEFT's form with what lies beside it, and return the directory, as ``bring``."""
+    remove_leftovers(found)
+    snapshot = _fetch(found, [*SMALL, *ADAPTER])
+    check_hashes(found, sorted(file for file in snapshot.iterdir() if file.name in found.files))
+    return snapshot
+
+
+def _fetch(found: Found, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with errors(found.repository, found.revision):
+        return Path(
+            snapshot_download(
+                found.repository,
+                revision=found.commit,
+                cache_dir=found.cache / "hub",
+                allow_patterns=patterns,
+                ignore_patterns=NESTED,
+                local_files_only=not found.online,
+            )
+        )
 
 
 def remove_leftovers(found: Found) -> None:

@@ -56,6 +56,7 @@ class Run:
 def of_workflow(workflow, config: dict) -> Run:
     """Return what Snakemake is about to run; to be called from `onstart:`."""
     order = [rule.name for rule in workflow.rules]
+    known = {*order, "train", "adopt"}  # of which a workflow has one
     # Snakemake has no public way to its executor.
     return Run(
         config=config,
@@ -65,7 +66,7 @@ def of_workflow(workflow, config: dict) -> Run:
         retries=workflow.execution_settings.retries,
         gpus=workflow.global_resources.get("gpu"),
         cores=workflow.global_resources.get("_cores"),
-        unknown_rules=sorted(set(workflow.resource_settings.overwrite_resources) - set(order)),
+        unknown_rules=sorted(set(workflow.resource_settings.overwrite_resources) - known),
     )
 
 
@@ -261,6 +262,24 @@ def hub(run: Run) -> str:
     if not told:
         raise NotChecked("model.source is a directory")
     return ", ".join(told)
+
+
+def elsewhere(run: Run) -> str:
+    """What training.source names is there, or the hub gives it."""
+    if not run.has("adopt"):
+        raise NotChecked("no model trained elsewhere is to come")
+    import adopt
+    from download_model import is_local
+
+    training = run.config["training"]
+    if is_local(training["source"]):
+        return str(adopt.local(training["source"]))
+    try:
+        cache = Path(run.config["paths"]["cache"])
+        found = adopt.locate(training["source"], training["revision"], cache)
+    except ModuleNotFoundError as error:
+        raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
+    return f"{found.repository} at {found.commit}"
 
 
 def corpus(run: Run) -> str:
@@ -513,6 +532,7 @@ CHECKS: tuple[Callable[[Run], str], ...] = (
     gpus,
     disk,
     hub,
+    elsewhere,
     corpus,
     destination,
     lm_eval,

@@ -34,6 +34,12 @@ CPU_RATE = 5.1e10
 # Where the model's shape or the number of tokens is unknown: 13B with LoRA, and a day.
 UNKNOWN = {"mem_mb": 64_000, "runtime": 24 * 60}
 GPUS_OF_A_MACHINE = 8
+# Stages that hold no more than the libraries, whatever the model.
+LIGHT = (
+    "patch_rope", "report", "gate", "export", "push", "provenance", "bundle", "sweep", "download_model",
+    "checkpoint", "adopt",
+)  # fmt: skip
+EXPORTS = ("export_llamafactory", "export_axolotl")  # which stream the packed sequences
 
 
 def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
@@ -128,16 +134,13 @@ def known_shape(config: dict) -> Shape | None:
 def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
     """Return the bytes of host memory that a stage needs, or None where the config does not tell."""
     training = config["training"]
-    if stage in (
-        "patch_rope", "report", "gate", "export", "push", "provenance", "bundle", "sweep",
-        "download_model", "checkpoint",
-    ):  # fmt: skip
+    if stage in LIGHT:
         return PROCESS
     if stage == "micro_base":
         return 4 * PROCESS
     if stage == "tokenise":
         return PROCESS + TOKENISE_WORKERS * WORKER
-    if stage == "pack":
+    if stage == "pack" or stage in EXPORTS:
         return PROCESS
     if stage == "download_corpus":  # it streams; of a data set it holds a group of rows
         return PROCESS + (ROW_GROUP if config["corpus"]["datasets"] else 0)
@@ -181,13 +184,13 @@ def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
         return 0.0
     if stage == "micro_base":
         return 240.0
-    if stage in ("download_corpus", "tokenise", "pack"):
+    if stage in ("download_corpus", "tokenise", "pack", *EXPORTS):
         workers = TOKENISE_WORKERS if stage == "tokenise" else 1
         return None if tokens is None else tokens / TOKENS / workers / 60
     if shape is None:
         return None
     moved = 2 * shape.parameters / DISK / 60  # the weights read once
-    if stage in ("download_model", "push"):
+    if stage in ("download_model", "adopt", "push"):  # adopt reads the base too
         return 5 * moved
     if stage == "export":
         return 2 * moved  # linked, and read for its hashes

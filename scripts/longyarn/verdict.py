@@ -357,7 +357,9 @@ def balanced(mix: dict) -> bool:
 
 
 def training_warnings(training: dict) -> list[str]:
-    """Warn where the loss rose, or the packed sequences were not read once each."""
+    """Warn where the loss rose, the packed sequences were not read once each, or nothing is known of it."""
+    if training.get("source"):
+        return elsewhere_warnings(training)
     found = []
     losses = [loss for _, loss in training["loss"]]
     quarter = max(1, len(losses) // 4)
@@ -376,6 +378,19 @@ def training_warnings(training: dict) -> list[str]:
         found.append(
             f"Training read {percent(training['epochs'])} of the packed sequences; the mix describes "
             "all of them."
+        )
+    return found
+
+
+def elsewhere_warnings(training: dict) -> list[str]:
+    """Warn of what nothing here shows of a model trained elsewhere."""
+    found = [
+        "The model was trained elsewhere: nothing here shows what it read, how long, or whether held-out "
+        "documents were among it; the mix is what this run packed."
+    ]
+    if not training["rope_is_known"]:
+        found.append(
+            "No config.json came with the adapter, so nothing shows that it was trained with this run's RoPE."
         )
     return found
 

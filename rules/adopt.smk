@@ -1,0 +1,36 @@
+"""Take a model that was trained elsewhere in place of training. In: base, RoPE, training.source. Out: as
+from training: the adapter, or all weights.
+
+The Snakefile includes this rule or that of training. It checks what would be wrong in silence: another
+RoPE, another base, another tokenizer (docs/interoperation.md).
+"""
+
+
+# The hub can be needed, as for the base.
+localrules:
+    adopt,
+
+
+rule adopt:
+    input:
+        unpack(start_of_phase),
+        source=local_trained_files,
+    output:
+        manifest=f"{RUN}/trained.json",
+        payload=directory(f"{RUN}/trained"),
+    log:
+        f"{RUN}/logs/adopt.log",
+    benchmark:
+        f"{RUN}/benchmarks/adopt.tsv"
+    resources:
+        mem_mb=request("adopt", "mem_mb"),
+        runtime=request("adopt", "runtime"),
+    params:
+        code=code("adopt"),
+        source=config["training"]["source"],
+        revision=unless_null("--revision", config["training"]["revision"]),
+        cache=config["paths"]["cache"],
+    shell:
+        "python scripts/adopt.py --base {input.base} --rope {input.rope} --source {params.source:q}"
+        " {params.revision} --cache {params.cache:q} --manifest {output.manifest}"
+        " --output {output.payload} 2>&1 | tee {log}"

@@ -1,0 +1,29 @@
+"""Hand the run over to Axolotl: `snakemake export_axolotl`. In: base, RoPE, training sequences.
+Out: a directory that it trains from (docs/interoperation.md).
+
+Nothing else asks for it. Of a run in phases it is the last phase.
+"""
+
+
+rule export_axolotl:
+    input:
+        unpack(start_of_phase),
+        pack=f"{RUN}/pack.json",
+        sequences=ancient(f"{RUN}/pack"),
+    output:
+        manifest=f"{RUN}/axolotl.json",
+        payload=directory(f"{RUN}/axolotl"),
+    log:
+        f"{RUN}/logs/export_axolotl.log",
+    benchmark:
+        f"{RUN}/benchmarks/export_axolotl.tsv"
+    resources:
+        mem_mb=request("export_axolotl", "mem_mb"),
+        runtime=request("export_axolotl", "runtime"),
+    params:
+        code=code("export_axolotl"),
+        settings=lambda wildcards: as_json(training_of(wildcards)),
+    shell:
+        "python scripts/export_axolotl.py --base {input.base} --rope {input.rope}"
+        " --pack {input.pack} --settings {params.settings} --manifest {output.manifest}"
+        " --output {output.payload} 2>&1 | tee {log}"

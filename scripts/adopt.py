@@ -1,0 +1,157 @@
+"""Take a model that was trained elsewhere, an adapter or all weights, in place of training.
+
+What comes after goes on as if it had been trained here, so all is checked first that would be wrong in
+silence: safetensors alone, names and shapes of the base, finite numbers, its tokenizer, and the RoPE of
+this run. What training here would know and nothing here shows, such as steps, is null in the manifest.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from download_model import check_whole, is_local, link_or_copy
+from longyarn import hub, manifest, models
+from longyarn.cli import UserError, program, require_space
+
+# What a change of a local source is noticed by.
+WANTED = (*hub.SMALL, *hub.ADAPTER, f"model*{hub.TENSORS}")
+ADAPTER, TENSORS = hub.ADAPTER
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
+    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
+    parser.add_argument("--source", required=True, help="local directory or hub repository")
+    parser.add_argument("--revision", default="", help="hub commit, or a branch or tag of it")
+    parser.add_argument("--cache", type=Path, required=True, help="directory of hub downloads")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
+    arguments = parser.parse_args()
+
+    base = manifest.read(arguments.base)["facts"]
+    rope = manifest.read_facts(arguments.rope)
+    if is_local(arguments.source):
+        source, commit = local(arguments.source), None
+    else:
+        source, commit = from_hub(arguments.source, arguments.revision, arguments.cache)
+    found = check(source, arguments.base.parent / base["directory"], base, rope)
+    with manifest.new_directory(arguments.output) as directory:
+        publish(source, directory, base)
+    manifest.write(
+        arguments.manifest,
+        script=Path(__file__),
+        settings={"source": arguments.source, "revision": arguments.revision or None},
+        inputs={"base": arguments.base, "rope": arguments.rope},
+        files=sorted(arguments.output.iterdir()),
+        facts=found
+        | {
+            "directory": arguments.output.name,
+            "source": arguments.source,
+            "revision": commit,
+            "steps": None,
+            "sequences_seen": None,
+            "tokens_seen": None,
+            "epochs": None,
+            "world_size": None,
+            "gradient_accumulation_steps": None,
+            "loss": [],
+            "held_out": [],
+            "guards": {},
+        },
+    )
+
+
+def local(name: str) -> Path:
+    """Return the directory that training.source names; stop where nothing lies there."""
+    source = Path(name).expanduser()
+    if not any((source / file).is_file() for file in (ADAPTER, "config.json")):
+        raise UserError(
+            f"training.source {name} is no directory with an {ADAPTER} or a config.json; mend the path"
+        )
+    return source
+
+
+def locate(repository: str, revision: str, cache: Path) -> hub.Found:
+    """Find what was trained on the hub: an adapter or a model."""
+    try:
+        found = hub.locate(repository, revision, cache)
+        if ADAPTER not in found.files:
+            hub.check_it_is_a_model(found)
+    except UserError as error:  # it speaks of the base's keys
+        words = str(error).replace("model.source", "training.source")
+        raise UserError(words.replace("model.revision", "training.revision")) from None
+    if ADAPTER in found.files and TENSORS not in found.files:
+        raise UserError(
+            f"{repository} at {found.commit} has {ADAPTER} but no {TENSORS}; Longyarn reads safetensors "
+            "only, so choose a revision that has them"
+        )
+    return found
+
+
+def from_hub(repository: str, revision: str, cache: Path) -> tuple[Path, str]:
+    """Return the directory and the commit of what was trained, brought whole from the hub."""
+    found = locate(repository, revision, cache)
+    brought = hub.bring_adapter(found) if ADAPTER in found.files else hub.bring(found, code=False)
+    return brought, found.commit
+
+
+def check(source: Path, directory: Path, base: dict, rope: dict) -> dict:
+    """Check what was trained against the base in ``directory``; return what is known of it.
+
+    ``base`` and ``rope`` are the facts of their manifests.
+    """
+    from transformers.utils import logging
+
+    from longyarn import elsewhere
+    from patch_rope import read_base
+
+    logging.set_verbosity_error()
+    trust = base["trust_remote_code"]
+    config = read_base(directory, trust)
+    rope_is_known = (source / "config.json").is_file()
+    if rope_is_known:
+        own = read_base(source, trust)
+        elsewhere.check_model(own, config, source)
+        elsewhere.check_rope(own, rope, source)
+    elsewhere.check_tokenizer(source, directory, trust)
+    if (source / ADAPTER).is_file():
+        adapter = elsewhere.check_adapter(source, directory, config)
+        parameters = adapter.pop("parameters")
+    else:
+        check_whole(source, [])
+        adapter, parameters = None, elsewhere.check_whole(source, directory)
+    if not rope_is_known:
+        print(
+            "adopt: warning: no config.json lies beside the adapter, so nothing shows the RoPE that it was "
+            "trained with",
+            file=sys.stderr,
+        )
+    return {
+        "mode": "lora" if adapter else "full",
+        "adapter": adapter,
+        "rope_is_known": rope_is_known,
+        "trainable_parameters": parameters,
+    }
+
+
+def publish(source: Path, directory: Path, base: dict) -> None:
+    """Put what was trained where training would have put it; ``base``: the base's facts."""
+    if not (source / ADAPTER).is_file():
+        files = [*models.tensor_files(source), *source.glob("model.safetensors.index.json")]
+    else:
+        files = [source / TENSORS]
+        record = manifest.read_json(source / ADAPTER)
+        # A path of another machine says nothing here.
+        record["base_model_name_or_path"] = base["source"]
+        record["revision"] = base["revision"]
+        manifest.write_json(directory / ADAPTER, record)
+    disk = directory.stat().st_dev
+    copied = sum(file.stat().st_size for file in files if file.stat().st_dev != disk)
+    require_space(directory, copied, "what was trained")
+    for file in files:
+        link_or_copy(file, directory / file.name)
+
+
+if __name__ == "__main__":
+    program(main)()
