@@ -144,8 +144,11 @@ def test_presets_state_every_key_that_they_do_not_take_from_the_schema(preset):
     """What a preset leaves out is the embedded default's, and that is for a micro model on a CPU."""
     stated = yaml.safe_load(preset.read_text())
     default = yaml.safe_load((ROOT / "config.yaml").read_text())
+    # source and revision of training: no model trained elsewhere, whatever the size.
+    left = {"lora", "source", "revision"}
     for section in ("model", "rope", "corpus", "mix", "training"):
-        assert default[section].keys() - stated[section].keys() <= {"lora"}, section
+        assert default[section].keys() - stated[section].keys() - left == set(), section
+    assert {"source", "revision"} <= stated["model"].keys()
     assert (stated["training"]["mode"] == "lora") == ("lora" in stated["training"])
     for source in stated["corpus"]["datasets"]:
         assert re.fullmatch("[0-9a-f]{40}", source["revision"]) and source["licence"]
