@@ -111,7 +111,7 @@ ROWS = {
 
 
 def kept(names: list[str]) -> dict[str, dict]:
-    """Return the rows of ``results.json`` that stay because they are not to be measured."""
+    """Return the rows of ``results.json`` where only some are to be measured anew."""
     if set(names) == set(ROWS) or not RESULTS.is_file():
         return {}
     before = json.loads(RESULTS.read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ def kept(names: list[str]) -> dict[str, dict]:
             f"error: {RESULTS.name} is of another machine, {before['machine']}, and a table is of one; "
             "measure all rows, by `make bench`"
         )
-    return {row["name"]: row for row in before["results"] if row["name"] not in names}
+    return {row["name"]: row for row in before["results"]}
 
 
 def main() -> None:
@@ -145,9 +145,9 @@ def main() -> None:
             continue
         print(f"{name:30} {row['ratio']:8.3f}  goal {goal:8}", end="")
         print(f" ours {row['ours']:10} other {row['other']:10} {row['command']}", flush=True)
-    results = [rows[name] for name in ROWS if name in rows]
-    text = json.dumps({"machine": machine(), "results": results}, indent=1) + "\n"
-    RESULTS.write_text(text, encoding="utf-8")
+        results = [rows[name] for name in ROWS if name in rows]
+        text = json.dumps({"machine": machine(), "results": results}, indent=1) + "\n"
+        RESULTS.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -322,7 +322,8 @@ def test_slurm_accepts_the_chain(on_slurm):
     said = outcomes(done)
     # The downloads run on the login node and are not asked about.
     assert said["slurm"] == (
-        "ok: accepts the requests of patch_rope, tokenise, pack, train, merge, perplexity, passkey, report"
+        "ok: accepts the requests of patch_rope, tokenise, pack, train, merge, perplexity, passkey, report, "
+        "export, provenance"
     )
     assert said["gpus"] == "not checked: no job to come asks for a GPU of this machine"
     assert said["walltime"].startswith("ok: training needs about ")

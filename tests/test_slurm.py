@@ -124,7 +124,8 @@ def test_the_whole_chain_on_two_nodes(chain, cluster):
     rules = {job["rule"].removeprefix("rule_").partition("_wildcards")[0] for job in jobs}
     # The downloads run on the login node, all else in jobs.
     assert rules == {
-        "patch_rope", "tokenise", "pack", "train", "merge", "perplexity", "passkey", "report", "export"
+        "patch_rope", "tokenise", "pack", "train", "merge", "perplexity", "passkey", "report", "export",
+        "provenance",
     }  # fmt: skip
     (training,) = (job for job in jobs if job["rule"] == "rule_train")
     assert training["nodes"] == "node[1-2]"

@@ -25,6 +25,9 @@ LIBRARIES = (
     "torch", "transformers", "deepspeed", "peft", "accelerate", "safetensors", "tokenizers", "numpy",
 )  # fmt: skip
 
+# Keys of settings and facts whose value may be a path of this machine.
+PATHS = ("source", "files", "chat_template")
+
 
 def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
@@ -118,13 +121,13 @@ def write(
     return manifest
 
 
-def portable(value: object) -> object:
-    """Return a copy in which a path of this machine is its last part only."""
+def portable(value: object, key: str | None = None) -> object:
+    """Return a copy in which a path of this machine, under a key of ``PATHS``, is its last part only."""
     if isinstance(value, dict):
-        return {key: portable(one) for key, one in value.items()}
+        return {name: portable(one, name) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [portable(one) for one in value]
-    if isinstance(value, str) and value.startswith(("/", "~")):
+        return [portable(one, key) for one in value]
+    if key in PATHS and isinstance(value, str) and value.startswith(("/", "~")):
         return Path(value).name
     return value
 

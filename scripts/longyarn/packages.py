@@ -40,7 +40,7 @@ def fetch(package: dict, cache: Path) -> Path:
     cached = sorted(directory.glob("[!.]*")) if directory.is_dir() else []
     if not cached:
         name, content = download(package)
-        partial = directory / f".{name}.partial"
+        partial = directory / f".{name}.{os.getpid()}.partial"  # several runs share the cache
         directory.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         verify(partial, package)

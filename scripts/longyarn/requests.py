@@ -196,10 +196,10 @@ def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
         return 2 * moved  # linked, and read for its hashes
     if stage == "merge":
         return 3 * moved
-    if stage == "provenance":
-        return 3 * moved  # the base, what was trained and the merged model, each read once
-    if stage == "bundle":
-        return 6 * moved
+    if stage in ("provenance", "bundle"):
+        # The base and what was trained, the merged models of phases or cells, and published ones.
+        models = 2 + len(configurations(config)) + len(config["evaluation"]["more_variants"])
+        return models * moved * (1 if stage == "provenance" else 2)
     if stage in INSTRUMENTS:
         return moved + 1.5 * evaluation_hours(config, shape, stage) * 60
     hours = training_hours(config, shape)

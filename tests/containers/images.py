@@ -144,6 +144,7 @@ def registry_on_loopback(directory: Path) -> Iterator[str]:
             with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
                 break
             time.sleep(0.1)
+        assert process.poll() is None, (directory / "registry.log").read_text()[-2000:]
         yield registry
     finally:
         process.terminate()
