@@ -14,14 +14,12 @@ from pathlib import Path
 
 import yaml
 
-from longyarn import manifest, runs
-from longyarn.chain import STAGES
+from longyarn import current, manifest, runs
 from longyarn.cli import UserError, program
-from longyarn.evaluation import INSTRUMENTS
 from longyarn.sealed import Run
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-# Sections of the configuration that a manifest has whole.
+# Sections of the configuration that a manifest has the keys of that its stage ran with.
 SECTIONS = {"training": "trained.json", "verify": "verified.json"}
 
 
@@ -60,7 +58,7 @@ def of_figures(run: Run) -> Iterator[str]:
     import report
 
     said = run.json(runs.REPORT)
-    jobs = reported(run, said)
+    jobs = current.reported(run.manifests, said)
     made = report.assemble(
         {job: run.manifests[name] for job, name in jobs.items()},
         {job: run.real[name] for job, name in jobs.items()},
@@ -80,37 +78,17 @@ def why_not_computed(run: Run) -> str | None:
     said = run.json(runs.REPORT)
     if said["code"]["report"] != manifest.code_hash(CHECKOUT / "scripts" / "report.py"):
         return "the code of report is another one here"
-    if not reported(run, said).keys() <= jobs_of(run).keys():
+    if not all(current.reported(run.manifests, said).values()):
         return "a variant is the model of another run"
     return None
-
-
-def jobs_of(run: Run) -> dict[str, str]:
-    """Return the names of manifests by job."""
-    return {runs.job_of(name, one["stage"]): name for name, one in run.manifests.items()}
-
-
-def reported(run: Run, said: dict) -> dict[str, str]:
-    """Return the manifests that a report was made from by job; the name is empty of one that is not here."""
-    jobs = jobs_of(run)
-    wanted = [*STAGES.values()]
-    wanted += [f"patch_rope.{variant}" for variant in said["rope"]["variants"]]
-    for stage in INSTRUMENTS:
-        wanted += [f"{stage}.{variant}" for variant in said[stage]]
-        models = (f"download_model.{variant}" for variant in said[stage])
-        wanted += [job for job in models if job in jobs]
-    for phase in said["phases"]:
-        name = phase["name"]
-        wanted += [job for job in jobs if job.startswith(f"{name}/patch_rope.")]
-        wanted += [f"{name}/{stage}" for stage in ("pack", "train", "merge")]
-    return {job: jobs.get(job, "") for job in wanted}
 
 
 def of_config(run: Run) -> Iterator[str]:
     """Compare the configuration with what stages ran with."""
     config = yaml.safe_load((run.path / runs.CONFIG).read_bytes())
     for section, name in SECTIONS.items():
-        if config[section] != run.manifests[name]["settings"]:
+        ran, now = run.manifests[name]["settings"], manifest.portable(config[section])
+        if any(key not in now or now[key] != value for key, value in ran.items()):
             stage = run.makers.stage(name)
             yield f"{run.said(runs.CONFIG)} has another {section!r} than {stage} ran with, by {name}"
 
@@ -127,6 +105,8 @@ def notes(run: Run) -> Iterator[str]:
         )
     if (run.path / runs.MARK).is_file():
         yield f"{run.path / runs.MARK} says that this run misses a threshold"
+    for name in run.outdated():
+        yield current.said(run.path, name)
     for sentence in runs.other_code(run.manifests, CHECKOUT):
         yield f"{sentence}, in this checkout"
     try:

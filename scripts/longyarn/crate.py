@@ -242,7 +242,7 @@ class Writer:
     def sources(self, job: Job) -> list:
         """Return where a model or a corpus came from, with revision and licence where they are known."""
         facts = self.manifests.get(job.target, {}).get("facts", {})
-        if job.stage == "download_model":
+        if job.stage in ("download_model", "adopt"):
             kept = {"version": facts.get("revision"), "name": Path(str(facts.get("source"))).name}
             if not str(facts.get("source")).startswith(("/", "~")):
                 kept["name"] = facts.get("source")

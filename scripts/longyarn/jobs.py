@@ -62,7 +62,7 @@ def jobs_of(run: Path, hashes: dict[str, str], manifests: dict[str, dict]) -> li
 
 def records(run: Path, target: str, stage: str) -> dict:
     """Return of a job its name, its stage, and what is recorded beside its target."""
-    name, record = runs.job_of(target, stage), environment.path_of(run / target)
+    name, record = runs.log_of(target, stage), environment.path_of(run / target)
     return {
         "name": name,
         "stage": stage,

@@ -24,7 +24,7 @@ MARK = "NOT_VERIFIED.txt"
 # Snakemake's, empty, in each directory that is an output; it comes after the job.
 TIMESTAMP = ".snakemake_timestamp"
 # Payloads that may go when the run is finished (docs/reruns.md).
-PURGEABLE = ("base", "corpus", "tokens", "pack")
+PURGEABLE = ("base", "corpus", "tokens", "pack", "llamafactory", "axolotl")
 # Directories with a manifest for each variant.
 OF_VARIANTS = ("models", "rope", *INSTRUMENTS)
 # These run after the seal, or while it is made; their logs change then.
@@ -47,12 +47,23 @@ def require(run: Path) -> None:
 
 
 def everything(run: Path) -> list[str]:
-    """Return the names of all files, sorted."""
+    """Return the names of all files, sorted; those in linked directories too."""
     found = []
-    for directory, _, names in os.walk(run):
+    for directory, below, names in os.walk(run, followlinks=True):
+        below[:] = [name for name in below if not leads_back(Path(directory, name), run)]
         inside = PurePosixPath(Path(directory).relative_to(run).as_posix())
         found += [str(inside / name) for name in names if Path(directory, name).is_file()]
     return sorted(found)
+
+
+def leads_back(path: Path, run: Path) -> bool:
+    """Tell whether a directory is a link to one that it lies in, by its name or another."""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    holders = [path.parent, *path.parent.parents]
+    holders = holders[: len(path.relative_to(run).parts)]
+    return any(holder.resolve().is_relative_to(target) for holder in holders)
 
 
 def to_seal(names: Iterable[str]) -> list[str]:
@@ -101,6 +112,11 @@ def is_manifest(content: object) -> bool:
 
 
 def job_of(name: str, stage: str) -> str:
+    """Return the job of the chain that a manifest is of: as ``log_of``, but adopt takes train's place."""
+    return log_of(name, "train" if stage == "adopt" else stage)
+
+
+def log_of(name: str, stage: str) -> str:
     """Return the job that wrote a manifest, named as its log is: phase-1/train, passkey.base."""
     path = PurePosixPath(name)
     if path.parent.name in OF_VARIANTS:

@@ -43,18 +43,48 @@ def parse(text: str) -> dict[str, str]:
 
 
 def hashes(run: Path, names: Iterable[str], label: str) -> dict[str, str]:
-    """Return the SHA-256 of each of these files of a run; hard links of one file are read once."""
+    """Return the SHA-256 of each of these files of a run; hard links of one file are read once.
+
+    ``UserError`` where one changes meanwhile.
+    """
     names = list(names)
-    sizes = {name: os.stat(run / name).st_size for name in names}
+    sizes = {name: state(run / name).st_size for name in names}
     known: dict[tuple[int, int], str] = {}
     found = {}
     for name in progress(names, sum(sizes.values()), label, size=sizes.__getitem__):
-        status = os.stat(run / name)
+        status = state(run / name)
         inode = (status.st_dev, status.st_ino)
         if inode not in known:
-            known[inode] = manifest.sha256(run / name)
+            known[inode] = unchanged_sha256(run / name, status)
         found[name] = known[inode]
     return found
+
+
+def unchanged_sha256(path: Path, before: os.stat_result) -> str:
+    """Return a file's SHA-256; ``UserError`` where it is not as ``before`` it was read."""
+    try:
+        digest = manifest.sha256(path)
+    except FileNotFoundError:
+        raise changed(path) from None
+    after = state(path)
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise changed(path)
+    return digest
+
+
+def state(path: Path) -> os.stat_result:
+    """Return a file's size, time and inode; ``UserError`` where it has vanished."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        raise changed(path) from None
+
+
+def changed(path: Path) -> UserError:
+    """Return the error of a file that changed while it was read."""
+    return UserError(
+        f"{path} changed while it was read; run again when nothing else runs in this run"
+    )
 
 
 def read(run: Path) -> dict[str, str]:
@@ -63,6 +93,11 @@ def read(run: Path) -> dict[str, str]:
     try:
         return parse(path.read_bytes().decode())
     except FileNotFoundError:
+        if (run / runs.MARK).is_file():
+            raise UserError(
+                f"{path} is missing, because this run misses a threshold ({run / runs.MARK} says which), and "
+                "such a run is not sealed; train longer or on more, or loosen the threshold"
+            ) from None
         raise UserError(
             f"{path} is missing; run `snakemake` with the run's configuration, so that it is sealed"
         ) from None

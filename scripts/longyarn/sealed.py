@@ -7,10 +7,9 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from longyarn import crate, runs, seal
-from longyarn.chain import chain, parts
+from longyarn import crate, current, runs, seal
+from longyarn.chain import chain
 from longyarn.cli import UserError
-from longyarn.evaluation import INSTRUMENTS
 
 AFTER_THE_CRATE = {runs.CRATE, runs.PROVENANCE, runs.OWN_RECORD}  # which cannot list these
 
@@ -40,7 +39,8 @@ class Run:
         except UserError as error:
             self.broken.append(str(error))
         except FileNotFoundError:
-            self.broken.append(f"{self.said(runs.CRATE)} is missing; restore it")
+            if (self.path / runs.SEAL).is_file():  # else that is what is amiss
+                self.broken.append(f"{self.said(runs.CRATE)} is missing; restore it")
         except (ValueError, KeyError, TypeError, AttributeError):
             self.broken.append(f"{self.said(runs.CRATE)} was changed: it is no crate any more")
         return {}
@@ -130,37 +130,28 @@ class Run:
             yield f"{self.path / name} lies in {holder}/, where {stage} did not put it; remove it"
 
     def of_chain(self) -> Iterator[str]:
-        """Follow each sealed manifest to those that it was made from."""
-        jobs: dict[str, str] = {}
-        all_jobs = {runs.job_of(name, one["stage"]): name for name, one in self.manifests.items()}
-        for job, name in all_jobs.items():
-            within, stage, variant = parts(job)
-            if name not in self.real or name == runs.PROVENANCE:
-                continue
-            if variant.startswith("step-") or (within and not within.startswith("phase-")):
-                # Of a checkpoint or a cell: what it shares with others lies elsewhere.
-                for source, digest in self.manifests[name]["inputs"].items():
-                    if digest not in self.real.values():
-                        yield f"{self.said(name)} was made from another {source} than there is now"
-            elif (
-                stage not in INSTRUMENTS
-                or variant == "trained"
-                or f"patch_rope.{variant}" in all_jobs
-            ):
-                jobs[job] = name
-            # Else it is about another run's model, whose own seal follows it further.
+        """Follow what the report was made from, and what follows it, through to the base and the corpus."""
         try:
-            rope = self.json(runs.REPORT)["rope"]["trained"]
+            report = self.json(runs.REPORT)
+            jobs = current.followed(self.manifests, report)
+            jobs = {job: name for job, name in jobs.items() if name in self.real}
             _, broken = chain(
                 {job: self.manifests[name] for job, name in jobs.items()},
                 {job: self.real[name] for job, name in jobs.items()},
-                rope,
+                report["rope"]["trained"],
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
             yield f"the manifests of {self.path} cannot be followed, because one is missing or broken"
             return
         for sentence in broken:
             yield f"in {self.path}, {sentence[:-1].replace('the one reported here', 'there is now')}"
+
+    def outdated(self) -> list[str]:
+        """Return the manifests of an earlier state; none where the report cannot be read."""
+        try:
+            return current.outdated(self.manifests, self.real, self.json(runs.REPORT))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []  # an error says more
 
 
 def listing(records) -> str:
