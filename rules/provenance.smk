@@ -1,4 +1,8 @@
-"""Seal the run. In: all that it is asked for. Out: its configuration, the workflow, the record, SHA256SUMS."""
+"""Seal the run. In: all that it is asked for. Out: its manifest and SHA256SUMS.
+
+The configuration, the workflow and the record lie beside them and are no outputs: Snakemake deletes those of
+a job that failed, and of the configuration there may be no other copy.
+"""
 
 
 rule provenance:
@@ -8,14 +12,12 @@ rule provenance:
         report=f"{RUN}/report.json",
     output:
         manifest=f"{RUN}/provenance.json",
-        config=f"{RUN}/config.yaml",
-        crate=f"{RUN}/ro-crate-metadata.json",
-        workflow=directory(f"{RUN}/workflow"),
         seal=f"{RUN}/SHA256SUMS",
     log:
         f"{RUN}/logs/provenance.log",
     benchmark:
         f"{RUN}/benchmarks/provenance.tsv"
+    retries: 0  # what does not match once does not match again
     resources:
         mem_mb=request("provenance", "mem_mb"),
         runtime=request("provenance", "runtime"),

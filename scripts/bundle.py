@@ -1,7 +1,9 @@
 """Put a sealed run and its workflow into one archive, to verify it and to evaluate it again elsewhere.
 
-The corpus and the packed sequences stay behind: no evaluation needs them, and they are often not the
-user's to pass on. The same run gives the same bytes: names are sorted, and owners are left out.
+The corpus, the packed sequences and what was handed over to other frameworks stay behind: no evaluation
+needs them, and they are often not the user's to pass on. The tokens go in, because perplexity needs them;
+they hold the training text as token ids, so pass an archive on only if you may pass on that. The same run
+gives the same bytes: names are sorted, and owners are left out.
 """
 
 import argparse
@@ -12,10 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import yaml
+
 from longyarn import runs, seal
 from longyarn.cli import UserError, program, progress, require_space
 
-LEFT_OUT = ("corpus", "pack")
+LEFT_OUT = ("corpus", "pack", "llamafactory", "axolotl")
 OF_TAR = 2048  # bytes that a file takes beside its content, about
 
 
@@ -34,11 +38,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="archive to write")
     arguments = parser.parse_args()
     run = arguments.seal.parent
-    if run.is_absolute() or ".." in run.parts:
-        raise UserError(
-            f"a bundle holds its run below the workflow's own directory, but paths.results leads out of it "
-            f"({run}); set it to a relative path, which may be a link to another disk"
-        )
+    check_place(run)
     members = list(members_of(run))
     sizes = {os.stat(one.path).st_ino: os.stat(one.path).st_size for one in members}
     require_space(
@@ -53,9 +53,35 @@ def main() -> None:
         partial.unlink(missing_ok=True)
     print(
         f"bundle: {arguments.output} has {len(members)} files, none of "
-        f"{' and '.join(f'{name}/' for name in LEFT_OUT)}",
+        f"{', '.join(f'{name}/' for name in LEFT_OUT)}; its tokens/ hold the training text as token ids, so "
+        "pass it on only if you may",
         file=sys.stderr,
     )
+    for setting in settings_of_elsewhere(yaml.safe_load((run / runs.CONFIG).read_bytes())):
+        print(
+            f"bundle: {setting} names what is not in the archive, so whoever gets it has to layer a file on "
+            "config.yaml (docs/provenance.md)",
+            file=sys.stderr,
+        )
+
+
+def check_place(run: Path) -> None:
+    """Stop where a run lies outside the workflow's own directory, by its path."""
+    if run.is_absolute() or ".." in run.parts:
+        raise UserError(
+            f"a bundle holds its run below the workflow's own directory, but paths.results leads out of it "
+            f"({run}); set it to a relative path, which may be a link to another disk"
+        )
+
+
+def settings_of_elsewhere(config: dict) -> Iterator[str]:
+    """Yield the settings without which Snakemake cannot start: they name files that no archive holds."""
+    evaluation = config["evaluation"]
+    if evaluation["passkey"]["haystack"]:
+        yield "evaluation.passkey.haystack"
+    for name in evaluation["variants"]:
+        if "run" in evaluation["more_variants"].get(name, {}):
+            yield f"evaluation.more_variants.{name}.run"
 
 
 def members_of(run: Path) -> Iterator[Member]:
@@ -66,8 +92,7 @@ def members_of(run: Path) -> Iterator[Member]:
     for name in kept:
         if not (run / name).is_file():
             raise UserError(
-                f"{run / name} is sealed but missing, and an archive needs it; make it anew with "
-                f"`snakemake --forcerun {runs.Makers(made).stage(name)}`, or restore it"
+                f"{run / name} is sealed but missing, and an archive needs it; {mend(run, name, made)}"
             )
     directories = sorted({str(PurePosixPath(name).parent) for name in kept})
     times = [str(PurePosixPath(directory) / runs.TIMESTAMP) for directory in directories]
@@ -82,10 +107,23 @@ def members_of(run: Path) -> Iterator[Member]:
         yield Member(str(top / run.as_posix() / name), run / name)
 
 
+def mend(run: Path, name: str, made: dict[str, dict]) -> str:
+    """Return what to do about a sealed file that is missing."""
+    directories = {one for file in made for one in runs.payload_directories(file, made[file])}
+    above = [str(parent) for parent in PurePosixPath(name).parents]
+    holder = next((directory for directory in above if directory in directories), None)
+    # Alone, because with --forcerun all would run that follows its stage, training too.
+    alone = f", or bring it alone with `snakemake -- {run / holder}`" if holder else ""
+    return f"restore it{alone}, then seal again with `snakemake --forcerun provenance`"
+
+
 def is_left_out(name: str) -> bool:
     """Tell whether a file is of a payload that stays behind, the run's own or that of a phase or cell."""
     path = PurePosixPath(name)
-    return path.parts[0] != runs.WORKFLOW and path.parent.name in LEFT_OUT
+    return path.parts[0] != runs.WORKFLOW and any(
+        above.name in LEFT_OUT and above.parent.name not in runs.OF_VARIANTS
+        for above in path.parents
+    )
 
 
 def write(path: Path, members: list[Member]) -> None:

@@ -1,18 +1,19 @@
 """Seal a run: its whole configuration, a copy of the workflow, the record of all jobs, and SHA256SUMS.
 
 Every file of the run is hashed, and compared with the manifests before anything is written: what does not
-match is not sealed. docs/provenance.md says what the files are for.
+match is not sealed. The configuration, the workflow and the record are no outputs of the rule, because
+Snakemake deletes those of a job that failed. docs/provenance.md says what the files are for.
 """
 
 import argparse
 import json
 import shutil
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 
-from longyarn import crate, manifest, runs, seal
+from longyarn import crate, current, manifest, runs, seal, sweep
 from longyarn.cli import UserError, program
 
 # What a run reads, and what a person needs to know of it; those that are there.
@@ -20,7 +21,7 @@ PARTS = (
     "Snakefile", "config.yaml", "Makefile", "README.md", "README.zh.md", "LICENSE", "CITATION.cff",
     "rules", "scripts", "schemas", "resources", "profiles", "presets", "containers", "envs",
 )  # fmt: skip
-WRITTEN = (runs.CONFIG, runs.CRATE, runs.PROVENANCE)
+WRITTEN = (runs.CONFIG, runs.CRATE, runs.PROVENANCE, runs.OWN_RECORD)
 
 
 def main() -> None:
@@ -33,29 +34,35 @@ def main() -> None:
     arguments = parser.parse_args()
     run = arguments.seal.parent
 
-    for path in (*(run / name for name in WRITTEN), arguments.seal):
-        path.unlink(missing_ok=True)
+    names = runs.to_seal(runs.everything(run))
+    names = [name for name in names if name not in WRITTEN and not is_workflow(name)]
+    manifests = runs.manifests(run, names)
+    hashes = seal.hashes(run, names, "hash, bytes")
+    check(run, hashes, manifests)
+    report = manifest.read_json(run / runs.REPORT)
+    for name in current.outdated(manifests, hashes, report):
+        print(f"provenance: {current.said(run, name)}", file=sys.stderr)
+
+    # From here on the run is not sealed until it is again.
+    arguments.seal.unlink(missing_ok=True)
     with manifest.new_directory(run / runs.WORKFLOW) as directory:
         copy_workflow(Path(__file__).resolve().parents[1], directory)
     text = yaml.safe_dump(arguments.settings, sort_keys=False, allow_unicode=True)
     manifest.write_text(run / runs.CONFIG, text)
 
-    names = [name for name in runs.to_seal(runs.everything(run)) if name != runs.OWN_RECORD]
-    manifests = runs.manifests(run, names)
-    hashes = seal.hashes(run, names, "hash, bytes")
-    check(hashes, manifests)
+    workflow = [name for name in runs.to_seal(runs.everything(run)) if is_workflow(name)]
+    hashes |= seal.hashes(run, [runs.CONFIG, *workflow], "hash, bytes")
     images = {image.name: manifest.sha256(image) for image in arguments.images if image.is_file()}
     manifest.write_json(run / runs.CRATE, crate.build(run, hashes, manifests, images))
     for note in runs.other_code(manifests, run / runs.WORKFLOW):
         print(f"provenance: {note}", file=sys.stderr)
-    workflow = [name for name in names if name.startswith(f"{runs.WORKFLOW}/")]
     manifest.write(
         run / runs.PROVENANCE,
         script=Path(__file__),
         settings={},
         inputs={name: run / name for name in manifests},
         files=[run / name for name in (runs.CONFIG, runs.CRATE, *workflow)],
-        facts={"files": len(names), "manifests": len(manifests)},
+        facts={"files": len(hashes), "manifests": len(manifests)},
     )
     own = [runs.CRATE, runs.PROVENANCE, runs.OWN_RECORD]
     own = [name for name in own if (run / name).is_file()]
@@ -75,15 +82,29 @@ def copy_workflow(root: Path, directory: Path) -> None:
             shutil.copy2(root / part, directory / part)
 
 
-def check(hashes: dict[str, str], manifests: dict[str, dict]) -> None:
+def is_workflow(name: str) -> bool:
+    """Tell whether a file is of the copy of the workflow."""
+    return name.startswith(f"{runs.WORKFLOW}/")
+
+
+def check(run: Path, hashes: dict[str, str], manifests: dict[str, dict]) -> None:
     """Stop where a file is not what its manifest lists: it changed since its stage wrote it."""
     for name, one in manifests.items():
         for file, entry in runs.payload(name, one).items():
             if file in hashes and hashes[file] != entry["sha256"]:
                 raise UserError(
-                    f"{file} is not what {one['stage']} wrote, by {name}; delete {name} and run again, so "
-                    "that both are made anew"
+                    f"{run / file} is not what {one['stage']} wrote, by {run / name}; {mend(run, name)}"
                 )
+
+
+def mend(run: Path, name: str) -> str:
+    """Return what to do about a manifest whose payload changed."""
+    top = PurePosixPath(name).parts[0]
+    if top.startswith("step-"):
+        return f"delete {run / top}, which nothing needs, and run again"
+    if top == sweep.DIRECTORY:
+        return f"delete {run / name} and run `snakemake sweep`, so that both are made anew"
+    return f"delete {run / name} and run again, so that both are made anew"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from longyarn.cli import program
@@ -36,6 +37,14 @@ def one_sentence(message: str) -> str:
     assert message.startswith("error: "), message
     assert len(message.splitlines()) == 1, message
     return message
+
+
+def sealed_again(directory: Path, *options) -> None:
+    """Seal a run as its rule does."""
+    import provenance
+
+    settings = json.dumps(yaml.safe_load((directory / "config.yaml").read_text()))
+    run(provenance, "--seal", directory / "SHA256SUMS", "--settings", settings, *options)
 
 
 def make_model(directory: Path, **settings) -> Path:

@@ -109,11 +109,36 @@ def test_what_cannot_be_packed_is_one_sentence(archive, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(tmp_path / RUN / "base")
     sentence = refusal(bundle, "--seal", SEAL, "--output", output)
-    assert "--forcerun download_model" in sentence and "is sealed but missing" in sentence
+    assert "is sealed but missing" in sentence and "--forcerun download_model" not in sentence
+    assert f"bring it alone with `snakemake -- {RUN}/base`, then seal again" in sentence
     (tmp_path / RUN / runs.SEAL).unlink()
     sentence = refusal(bundle, "--seal", SEAL, "--output", output)
     assert "SHA256SUMS is missing" in sentence
     assert not list(tmp_path.glob("out.tar*"))
+
+
+def test_training_data_stays_behind_in_all_its_forms_and_variants_go_in():
+    for name in (
+        "corpus/a/b.txt", "pack/x", "phase-1/pack/x", "cells/mix.seed=1/pack/deep/x",
+        "llamafactory/model/x", "axolotl/data/x.parquet",
+    ):  # fmt: skip
+        assert bundle.is_left_out(name), name
+    for name in ("pack.json", "logs/pack.log", "models/pack/x", "rope/axolotl/x", "tokens/x",
+                 "workflow/pack/x"):  # fmt: skip
+        assert not bundle.is_left_out(name), name
+
+
+def test_settings_that_lead_out_of_the_archive_are_named_and_can_be_taken_out():
+    evaluation = {
+        "passkey": {"haystack": "mine.txt"},
+        "variants": ["base", "other", "trained"],
+        "more_variants": {"other": {"run": "other"}, "unused": {"run": "unused"}},
+    }
+    assert [*bundle.settings_of_elsewhere({"evaluation": evaluation})] == [
+        "evaluation.passkey.haystack", "evaluation.more_variants.other.run",
+    ]  # fmt: skip
+    mended = evaluation | {"passkey": {"haystack": None}, "variants": ["base", "trained"]}
+    assert [*bundle.settings_of_elsewhere({"evaluation": mended})] == []
 
 
 def test_a_disk_that_is_too_small_is_said_beforehand(archive, monkeypatch):

@@ -57,12 +57,18 @@ def outcomes(done) -> dict[str, str]:
 # On this machine, through Snakemake.
 
 
+def test_results_that_no_archive_can_hold_are_said_first(workspace, tmp_path):
+    overrides = {"paths": {"results": str(tmp_path / "results")}}
+    done = workspace.snakemake("bundle", overrides=overrides, check=False)
+    assert "paths.results leads out of it" in refusal(workspace, done)
+
+
 def test_the_target_says_all_and_runs_nothing(workspace):
     done = workspace.snakemake("preflight")
     said = outcomes(done)
     assert list(said) == [
-        "command", "image", "gpus", "disk", "hub", "elsewhere", "corpus", "destination", "lm_eval", "slurm",
-        "walltime",
+        "command", "image", "gpus", "disk", "hub", "elsewhere", "corpus", "destination", "archive",
+        "lm_eval", "slurm", "walltime",
     ], done.stdout  # fmt: skip
     assert said.pop("command") == "ok: cores and rules"
     assert said.pop("disk").startswith("ok: ")
@@ -73,6 +79,7 @@ def test_the_target_says_all_and_runs_nothing(workspace):
         "elsewhere": "not checked: no model trained elsewhere is to come",
         "corpus": "not checked: the corpus has no local files and no data sets of the hub",
         "destination": "not checked: nothing is to be pushed",
+        "archive": "not checked: no archive is to be made",
         "lm_eval": "not checked: no task of lm_eval is to come",
         "slurm": "not checked: no job to come is submitted to SLURM",
         "walltime": "not checked: no job to come is submitted to SLURM",

@@ -3,15 +3,17 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
 from crate import validator
-from stages import edit_json, refusal, run
+from stages import edit_json, refusal, sealed_again
 
 import provenance
 from longyarn import config, manifest, runs, seal
+from longyarn.cli import UserError
 from longyarn.sealed import Run
 
 PROFILES = ("workflow-run-crate-0.5", "provenance-run-crate-0.5")
@@ -30,12 +32,6 @@ def copy(finished_copy):
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
     return validator.cache(tmp_path_factory.mktemp("validator"))
-
-
-def sealed_again(directory, *options) -> None:
-    """Seal a run as its rule does."""
-    settings = json.dumps(yaml.safe_load((directory / "config.yaml").read_text()))
-    run(provenance, "--seal", directory / runs.SEAL, "--settings", settings, *options)
 
 
 def graph(directory) -> dict[str, dict]:
@@ -177,6 +173,7 @@ def test_a_linked_file_is_read_once_and_what_is_half_written_not_at_all(copy, mo
 
 @pytest.mark.parametrize("name", ["merged/config.json", "trained/adapter_model.safetensors"])
 def test_what_is_not_as_its_stage_wrote_it_is_not_sealed(copy, name):
+    before = {name: (copy / name).read_bytes() for name in (runs.SEAL, runs.CONFIG, runs.CRATE)}
     content = bytearray((copy / name).read_bytes())
     content[-2] ^= 1
     (copy / name).write_bytes(content)
@@ -184,8 +181,63 @@ def test_what_is_not_as_its_stage_wrote_it_is_not_sealed(copy, name):
     sentence = refusal(
         provenance, "--seal", copy / runs.SEAL, "--settings", json.dumps(yaml.safe_load(settings))
     )
-    assert sentence.startswith(f"error: {name} is not what ")
-    assert not (copy / "SHA256SUMS").exists()
+    assert sentence.startswith(f"error: {copy / name} is not what ")
+    assert f"delete {copy / name.partition('/')[0]}.json and run again" in sentence
+    assert {name: (copy / name).read_bytes() for name in before} == before
+
+
+def test_a_seal_that_fails_in_its_rule_loses_nothing_but_the_last_seal(finished_copy):
+    copy = finished_copy.directory / "results" / "tests"
+    names = [runs.CONFIG, runs.CRATE, "workflow/Snakefile", runs.OWN_RECORD]
+    before = {name: (copy / name).read_bytes() for name in names}
+    weights = copy / "trained/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    command = ["snakemake", "--cores", "1", "--configfile", "results/tests/config.yaml"]
+    command += ["--forcerun", "provenance"]
+    done = finished_copy.run(command, check=False)
+    assert done.returncode == 1 and "is not what train wrote" in done.stdout
+    assert {name: (copy / name).read_bytes() for name in names} == before
+    assert not (copy / runs.SEAL).exists()
+    weights.write_bytes(whole)
+    finished_copy.run(command)
+    assert list(Run(copy).findings()) == []
+
+
+def test_what_changes_while_it_is_read_is_one_sentence(tmp_path, monkeypatch):
+    for change in (lambda path: path.unlink(), lambda path: path.write_text("longer")):
+        for name in ("a", "b"):
+            (tmp_path / name).write_text(name)
+        original = manifest.sha256
+
+        def read(path, change=change, original=original):
+            digest = original(path)
+            change(tmp_path / "b")
+            return digest
+
+        monkeypatch.setattr(manifest, "sha256", read)
+        with pytest.raises(UserError, match="b changed while it was read; run again when nothing"):
+            seal.hashes(tmp_path, ["b", "a"], "hash")
+        monkeypatch.undo()
+
+
+def test_another_mend_is_said_of_a_checkpoint_and_of_a_cell():
+    assert "delete r/step-2, which nothing needs" in provenance.mend(
+        Path("r"), "step-2/merged.json"
+    )
+    said = provenance.mend(Path("r"), "cells/x/merged.json")
+    assert "delete r/cells/x/merged.json and run `snakemake sweep`" in said
+
+
+def test_the_crate_says_where_an_adopted_model_came_from(copy):
+    record = json.loads((copy / "trained.json").read_text())
+    facts = record["facts"] | {"source": "owner/adapter", "revision": "0" * 40}
+    edit_json(copy / "trained.json", stage="adopt", facts=facts)
+    sealed_again(copy)
+    entities = graph(copy)
+    source = entities["#source/adopt"]
+    assert (source["name"], source["version"]) == ("owner/adapter", "0" * 40)
+    assert {"@id": "#source/adopt"} in entities["#job/adopt"]["object"]
 
 
 def test_a_stage_made_by_other_code_is_said(copy, capsys):

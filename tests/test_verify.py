@@ -7,10 +7,10 @@ import sys
 
 import pytest
 from conftest import ROOT
-from stages import edit_json, refusal, run
+from stages import edit_json, refusal, run, sealed_again
 
 import verify
-from longyarn import manifest, runs, seal
+from longyarn import current, manifest, runs, seal
 from longyarn.sealed import Run
 
 VERIFY = ROOT / "scripts" / "verify.py"
@@ -155,6 +155,70 @@ def test_a_forged_configuration_with_forged_records_is_found_by_what_ran(copy):
     seal_all(copy)
     (sentence,) = found(copy)
     assert "config.yaml, made by provenance, has another 'training' than train ran with" in sentence
+
+
+def test_another_configuration_than_an_adopted_model_had_is_found(copy):
+    """Its manifest has of section training the source and the revision alone."""
+    edit_json(
+        copy / "trained.json", stage="adopt", settings={"source": "elsewhere", "revision": None}
+    )
+    one = Run(copy)
+    assert [*verify.of_config(one)] != []
+    text = (copy / "config.yaml").read_text()
+    assert text.count("\n  source: null\n  revision: null\n") == 1
+    changed = text.replace("\n  source: null\n  rev", "\n  source: /at/elsewhere\n  rev")
+    (copy / "config.yaml").write_text(changed)
+    assert [*verify.of_config(one)] == []
+    assert current.reported(one.manifests, one.json("report.json"))["train"] == "trained.json"
+
+
+def test_a_manifest_that_nothing_asks_for_any_more_is_a_note(copy, capsys):
+    """Of another push, another checkpoint and a dropped variant; that of the report's own is an error."""
+    for name, source in {
+        "push.json": "verified.json",
+        "step-2/trained.json": "trained.json",
+        "cells/seeds/trained.json": "trained.json",
+        "passkey/linear.json": "passkey/base.json",
+    }.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(copy / source, copy / name)
+        stage = {"stage": "push"} if name == "push.json" else {}
+        edit_json(copy / name, inputs={"base": "0" * 64}, files={}, **stage)
+    shutil.copy(copy / "rope/base.json", copy / "rope/linear.json")
+    edit_json(copy / "rope/linear.json", files={})
+    sealed_again(copy)
+    said = [line for line in capsys.readouterr().err.splitlines() if "of an earlier state" in line]
+    assert len(said) == 4 and all(line.startswith("provenance: ") for line in said)
+    run(verify, copy)
+    notes = [line for line in capsys.readouterr().err.splitlines() if "of an earlier state" in line]
+    assert [line.replace("note", "provenance") for line in notes] == said
+    record = json.loads((copy / "perplexity/trained.json").read_text())
+    edit_json(copy / "perplexity/trained.json", inputs=record["inputs"] | {"model": "0" * 64})
+    sealed_again(copy)
+    assert any("perplexity.trained was made from another merge" in line for line in found(copy))
+
+
+def test_what_lies_in_a_linked_directory_is_of_the_run_and_a_loop_ends(copy, tmp_path):
+    shutil.move(copy / "base", tmp_path / "moved")
+    (copy / "base").symlink_to(tmp_path / "moved")
+    assert found(copy) == []
+    for name, target in {"merged/up": "..", "figures/there": tmp_path / "other"}.items():
+        (copy / name).symlink_to(target)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/back").symlink_to(copy / "figures")
+    (tmp_path / "other/evil.svg").write_text("evil")
+    (sentence,) = found(copy)
+    assert str(copy / "figures/there/evil.svg") in sentence and "remove it" in sentence
+
+
+def test_a_run_that_misses_the_gate_is_told_so_and_no_more(copy):
+    for name in (runs.SEAL, runs.CRATE):
+        (copy / name).unlink()
+    (sentence,) = found(copy)
+    assert "so that it is sealed" in sentence
+    (copy / runs.MARK).write_text("the gate was missed.")
+    (sentence,) = found(copy)
+    assert "misses a threshold" in sentence and "such a run is not sealed" in sentence
 
 
 def test_purged_payloads_are_said_and_the_product_must_be_there(copy, capsys):

@@ -321,6 +321,17 @@ def destination(run: Run) -> str:
     return repository
 
 
+def archive(run: Run) -> str:
+    """The run lies where an archive can hold it."""
+    if not run.has("bundle"):
+        raise NotChecked("no archive is to be made")
+    import bundle
+
+    place = Path(run.config["paths"]["results"]) / run.config["run"]
+    bundle.check_place(place)
+    return f"{place}.tar"
+
+
 def lm_eval(run: Run) -> str:
     """lm_eval is installed and has the tasks asked for; the images have it."""
     if not run.has("harness"):
@@ -535,6 +546,7 @@ CHECKS: tuple[Callable[[Run], str], ...] = (
     elsewhere,
     corpus,
     destination,
+    archive,
     lm_eval,
     slurm,
     walltime,
