@@ -212,7 +212,7 @@ def test_what_lies_in_a_linked_directory_is_of_the_run_and_a_loop_ends(copy, tmp
 
 
 def test_a_run_that_misses_the_gate_is_told_so_and_no_more(copy):
-    for name in (runs.SEAL, runs.CRATE):
+    for name in (runs.SEAL, runs.CRATE, runs.PROVENANCE):
         (copy / name).unlink()
     (sentence,) = found(copy)
     assert "so that it is sealed" in sentence
