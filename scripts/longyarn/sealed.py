@@ -25,7 +25,8 @@ class Run:
         self.crate = self.attempt(lambda: crate.listed(self.json(runs.CRATE)))
         self.manifests = runs.manifests(path, sorted(self.names))
         self.makers = runs.Makers(self.manifests)
-        self.payloads = {"figures": "report"}  # directories, and the stages that filled them
+        # Directories, and the stages that filled them. Of the figures no manifest has a list.
+        self.payloads = {"figures": "report"} if self.sums or self.crate else {}
         for name, one in self.manifests.items():
             self.payloads |= dict.fromkeys(runs.payload_directories(name, one), one["stage"])
         self.purged = set(self.find_purged())
