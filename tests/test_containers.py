@@ -173,7 +173,9 @@ def tree(tmp_path) -> Path:
 def config_of(image: str, **paths) -> dict:
     """Return the part of a config that images depend on."""
     paths = {"results": "results", "work": "work", "cache": ".cache"} | paths
-    return {"container": {"image": image}, "paths": paths, "model": {"source": "owner/name"}}
+    return {"container": {"image": image}, "paths": paths, "model": {"source": "owner/name"}} | {
+        "training": {"source": None}
+    }
 
 
 def test_an_image_of_ours_is_the_recorded_digest_or_the_sif_of_this_tree(tree):
