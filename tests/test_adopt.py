@@ -50,9 +50,10 @@ def test_an_adapter_of_another_place_gives_the_same_model_and_report(finished_co
     text = (made / "export/README.md").read_text()
     assert "and trained elsewhere." in text and "came from elsewhere" in text
     assert "nothing here shows what it read" in text and "at that length" not in text
-    # A changed file of the source is noticed, as of a local base; training's own settings say nothing.
+    # A changed file of the source is noticed, as of a local base; training's own settings say nothing,
+    # but the seal has the configuration.
     overrides["training"]["learning_rate"] = 0.5
-    assert finished_copy.planned(overrides) == {}
+    assert finished_copy.planned(overrides) == {"provenance": 1}
     edit_json(elsewhere / ADAPTER, lora_alpha=16)
     assert "adopt" in finished_copy.planned(overrides)
 
