@@ -247,6 +247,8 @@ def test_the_environment_binds_and_keeps_pythons_variables_out(tmp_path, monkeyp
         f"{here}/.cache", f"{tmp_path}/wheels",
     ]  # fmt: skip
     assert work.is_dir()
+    elsewhere = config_of("cpu") | {"training": {"source": str(tmp_path / "big")}}
+    assert str(tmp_path / "big") in containers.environment(elsewhere)["APPTAINER_BIND"].split(",")
     monkeypatch.setenv("APPTAINER_BIND", values["APPTAINER_BIND"])
     again = containers.environment(config_of("cpu", work=str(tmp_path / "scratch" / "work")))
     assert again == values  # a Snakemake inside a job adds nothing
