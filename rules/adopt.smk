@@ -22,6 +22,7 @@ rule adopt:
         f"{RUN}/logs/adopt.log",
     benchmark:
         f"{RUN}/benchmarks/adopt.tsv"
+    retries: 0  # what is refused once is refused again
     resources:
         mem_mb=request("adopt", "mem_mb"),
         runtime=request("adopt", "runtime"),

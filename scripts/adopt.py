@@ -113,6 +113,7 @@ def check(source: Path, directory: Path, base: dict, rope: dict) -> dict:
     if rope_is_known:
         own = read_base(source, trust)
         elsewhere.check_model(own, config, source)
+        elsewhere.check_version(manifest.read_json(source / "config.json"), rope, source)
         elsewhere.check_rope(own, rope, source)
     elsewhere.check_tokenizer(source, directory, trust)
     if (source / ADAPTER).is_file():
@@ -120,7 +121,7 @@ def check(source: Path, directory: Path, base: dict, rope: dict) -> dict:
         parameters = adapter.pop("parameters")
     else:
         check_whole(source, [])
-        adapter, parameters = None, elsewhere.check_whole(source, directory)
+        adapter, parameters = None, elsewhere.check_whole(source, directory, config)
     if not rope_is_known:
         print(
             "adopt: warning: no config.json lies beside the adapter, so nothing shows the RoPE that it was "

@@ -7,14 +7,13 @@ says. The card comes from report.json, so that equal runs have equal cards.
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
 from longyarn import card, legacy, manifest, models
 from longyarn.cli import UserError, program, set_up_torch
 from longyarn.gating import compare
-from longyarn.links import link_or_copy
+from longyarn.links import link_weights
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -48,10 +47,7 @@ def main() -> None:
     name = arguments.settings["name"] or card.default_name(report)
     text = card.text(arguments.template, report, compared, arguments.settings | {"name": name})
     with manifest.new_directory(arguments.output) as directory:
-        for file in sorted(source.glob("[!.]*")):
-            # Linked, a small file that is edited here would change there too.
-            put = link_or_copy if file.suffix == ".safetensors" else shutil.copyfile
-            put(file, directory / file.name)
+        link_weights(source, directory)
         manifest.write_json(directory / "config.json", config)
         write_rest(directory, config)
         (directory / "README.md").write_text(text, encoding="utf-8")
@@ -82,10 +78,8 @@ def config_for_all(source: Path, rope: dict, trust_remote_code: bool) -> dict:
 
     loaded = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     models.check_config(loaded, rope, source / "config.json")
-    head_dim = getattr(loaded, "head_dim", None)
-    head_dim = head_dim or loaded.hidden_size // loaded.num_attention_heads
     config = manifest.read_json(source / "config.json")
-    return legacy.with_old_keys(config, rope["rope_parameters"], head_dim)
+    return legacy.with_old_keys(config, rope["rope_parameters"], loaded)
 
 
 def write_rest(directory: Path, config: dict) -> None:

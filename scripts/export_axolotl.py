@@ -49,8 +49,7 @@ def main() -> None:
     handover.add_arguments(parser)
     arguments = parser.parse_args()
     run = handover.Run.of(arguments)
-    back = arguments.output.parent / f"{arguments.output.name}-trained"
-    values, notes = settings(run, back.name)
+    values, notes = settings(run, handover.results(arguments))
     handover.warn("export_axolotl", notes)
     with manifest.new_directory(arguments.output) as directory:
         handover.write_model(run, directory / "model")
@@ -61,7 +60,7 @@ def main() -> None:
             )
         handover.write_settings(directory / "train.yaml", values, HEAD, notes)
         handover.write_readme(
-            directory / "README.md", NAME, [start(run.training)], str(back), notes
+            directory / "README.md", NAME, [start(run.training)], arguments, notes
         )
     handover.publish(arguments, Path(__file__), rows, notes)
 
@@ -98,15 +97,19 @@ def start(training: dict) -> str:
     return f"axolotl train train.yaml --launcher torchrun -- {processes}"
 
 
-def settings(run: handover.Run, output: str) -> tuple[dict, list[str]]:
-    """Return its settings for the same training, and a note for each thing that they do not say."""
+def settings(run: handover.Run, place: str) -> tuple[dict, list[str]]:
+    """Return its settings for the same training, and a note for each thing that they do not say.
+
+    ``place``: the directory of what it makes.
+    """
     training, notes = run.training, handover.unsaid(run.training, LACKING)
+    notes += handover.today_alone(run)
     values = {
         "base_model": "./model",
         "trust_remote_code": run.base["trust_remote_code"],
         # Tokenised already, so without a type.
         "datasets": [{"path": "./dataset", "split": "train", "type": None}],
-        "dataset_prepared_path": "./prepared",
+        "dataset_prepared_path": f"{place}/prepared",
         "val_set_size": 0.0,
         "sequence_len": run.length,
         "sample_packing": run.masks,
@@ -114,7 +117,7 @@ def settings(run: handover.Run, output: str) -> tuple[dict, list[str]]:
         "pad_to_sequence_len": True,
         "shuffle_merged_datasets": False,
         "curriculum_sampling": True,  # one after the other
-        "output_dir": f"../{output}",
+        "output_dir": f"{place}/trained",
     }
     if training["mode"] == "lora":
         values |= adapter(run)

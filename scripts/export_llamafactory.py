@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from longyarn import batches, engine, handover, manifest
-from longyarn.cli import program
+from longyarn.cli import UserError, program
 
 NAME = "LLaMA-Factory"
 VERSION = "0.9.5"  # whose source this follows
@@ -51,8 +51,7 @@ def main() -> None:
     handover.add_arguments(parser)
     arguments = parser.parse_args()
     run = handover.Run.of(arguments)
-    back = arguments.output.parent / f"{arguments.output.name}-trained"
-    values, notes = settings(run, back.name)
+    values, notes = settings(run, handover.results(arguments))
     handover.warn("export_llamafactory", notes)
     with manifest.new_directory(arguments.output) as directory:
         handover.write_model(run, directory / "model")
@@ -65,7 +64,7 @@ def main() -> None:
             )
         handover.write_settings(directory / "train.yaml", values, HEAD, notes)
         handover.write_readme(
-            directory / "README.md", NAME, [start(run.training)], str(back), notes
+            directory / "README.md", NAME, [start(run.training)], arguments, notes
         )
     handover.publish(arguments, Path(__file__), rows, notes)
 
@@ -106,12 +105,24 @@ def start(training: dict) -> str:
 
 def alone(training: dict) -> dict:
     """Return section `training` for processes that share no sequence, so that the batch stays the same."""
+    sharing, count = training["sp_size"], batches.processes(training)
+    once = training["micro_batch_size"] * count
+    if sharing > 1 and training["batch_size"] % once:
+        raise UserError(
+            f"training.sp_size {sharing} cannot be expressed, because {NAME} shares no sequences: {count} "
+            f"processes read at least {once} at a time, by which training.batch_size "
+            f"{training['batch_size']} cannot be divided; set it to a multiple"
+        )
     return training | {"sp_size": 1, "gradient_accumulation_steps": None}
 
 
-def settings(run: handover.Run, output: str) -> tuple[dict, list[str]]:
-    """Return its arguments for the same training, and a note for each thing that they do not say."""
+def settings(run: handover.Run, place: str) -> tuple[dict, list[str]]:
+    """Return its arguments for the same training, and a note for each thing that they do not say.
+
+    ``place``: the directory of what it makes.
+    """
     training, notes = run.training, handover.unsaid(run.training, LACKING)
+    notes += handover.today_alone(run)
     values = {
         "model_name_or_path": "model",
         "trust_remote_code": run.base["trust_remote_code"],
@@ -124,7 +135,7 @@ def settings(run: handover.Run, output: str) -> tuple[dict, list[str]]:
         "packing": True,
         "neat_packing": run.masks,
         "disable_shuffling": True,
-        "output_dir": f"../{output}",
+        "output_dir": f"{place}/trained",
         "finetuning_type": training["mode"],
     }
     if training["mode"] == "lora":

@@ -148,10 +148,17 @@ def check_it_is_taken(config_class: type, patched: dict, method: str) -> None:
 
     wanted = patched["rope_parameters"]
     try:
-        read = config_class.from_dict(copy.deepcopy(patched)).rope_parameters
+        read = config_class.from_dict(copy.deepcopy(patched))
     except (ValueError, KeyError, TypeError, StrictDataclassError):
         read = None
-    if read != wanted:
+    # As Mixtral's is; transformers fills it in for the other methods.
+    if wanted["rope_type"] == "yarn" and getattr(read, "head_dim", 0) is None:
+        raise UserError(
+            "the model's config.json does not state head_dim, without which transformers builds no YaRN for "
+            f'models of type {patched["model_type"]!r}; write "head_dim": '
+            f"{read.hidden_size // read.num_attention_heads} there, in a local copy that model.source names"
+        )
+    if read is None or read.rope_parameters != wanted:
         raise UserError(
             f"models of type {patched['model_type']!r} take no RoPE of type {wanted['rope_type']!r} in "
             f"transformers, so rope.method {method} cannot be written for them; set it to ntk, which "

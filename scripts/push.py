@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from longyarn import manifest
+from longyarn import hub, manifest
 from longyarn.cli import UserError, first_line, program
 
 # Of an earlier push: weights that are not part of this model any more would be found beside it.
@@ -34,7 +34,7 @@ def main() -> None:
     directory = arguments.export.parent / exported["facts"]["directory"]
     with errors(arguments.repository):
         commit = upload(arguments.repository, arguments.private, directory, exported["files"])
-        check(arguments.repository, commit, exported["files"])
+        check(arguments.repository, commit, directory, exported["files"])
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
@@ -85,19 +85,29 @@ def upload(repository: str, private: bool, directory: Path, files: dict) -> str:
     ).oid
 
 
-def check(repository: str, commit: str, files: dict) -> None:
-    """Stop where the hub has not each file with the size of the manifest and, in LFS, its hash."""
+def check(repository: str, commit: str, directory: Path, files: dict) -> None:
+    """Stop where the hub has not each file with the size and the hash of the manifest.
+
+    Of a file outside LFS it knows git's hash alone, which is compared with that of the file here.
+    """
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(repository, revision=commit, files_metadata=True)
     there = {one.rfilename: one for one in info.siblings}
     for name, entry in files.items():
         found = there.get(Path(name).name)
-        hashed = found.lfs.sha256 if found and found.lfs else entry["sha256"]
-        if found is None or found.size != entry["size"] or hashed != entry["sha256"]:
+        if found is None or found.size != entry["size"] or not same(found, directory, entry):
             raise UserError(
                 f"{Path(name).name} of {repository} at {commit} is not the one of this run; push again"
             )
+
+
+def same(found, directory: Path, entry: dict) -> bool:
+    """Tell whether a file on the hub has the hash of the manifest's entry."""
+    if found.lfs:
+        return found.lfs.sha256 == entry["sha256"]
+    file = directory / found.rfilename
+    return manifest.sha256(file) == entry["sha256"] and hub.is_as_recorded(file, found)
 
 
 @contextlib.contextmanager
@@ -112,9 +122,11 @@ def errors(repository: str) -> Iterator[None]:
         raise UserError(
             f"export.repository {repository} is no name that the hub takes ({first_line(error)}); mend it"
         ) from None
-    except ValueError as error:  # raised with the hub's own words on the card
+    except ValueError as error:
         words = " ".join(str(error).split())
-        raise UserError(
+        if "README.md" not in words:  # an answer that is none
+            raise UserError(f"the hub did not take {repository} ({words}); push again") from None
+        raise UserError(  # with the hub's own words on the card
             f"the hub does not take the model card ({words}); mend section export"
         ) from None
     except HfHubHTTPError as error:
@@ -127,7 +139,14 @@ def errors(repository: str) -> Iterator[None]:
         raise UserError(
             f"the hub did not take {repository} ({first_line(error)}); push again, or mend export.repository"
         ) from None
-    except (HTTPError, ConnectionError) as error:
+    except PermissionError as error:
+        if error.errno is not None:
+            raise  # the disk's, not the storage's of the hub
+        raise UserError(
+            f"the hub does not let this token write to {repository} ({first_line(error)}); log in again with "
+            "`hf auth login`, and push again"
+        ) from None
+    except (HTTPError, ConnectionError, TimeoutError) as error:
         raise UserError(
             f"the hub is out of reach ({first_line(error)}); push where there is a network"
         ) from None

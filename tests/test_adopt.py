@@ -32,7 +32,8 @@ def test_an_adapter_of_another_place_gives_the_same_model_and_report(finished_co
     elsewhere = shutil.copytree(made / "trained", finished_copy.directory / "elsewhere")
     overrides = {"training": {"source": "elsewhere"}}
     assert finished_copy.planned(overrides) == {
-        "adopt": 1, "merge": 1, "perplexity": 1, "passkey": 1, "report": 1, "gate": 1,
+        "adopt": 1, "merge": 1, "perplexity": 1, "passkey": 1, "report": 1, "gate": 1, "export": 1,
+        "provenance": 1,
     }  # fmt: skip
     finished_copy.snakemake(overrides=overrides)
     assert manifest.sha256(made / "merged/model.safetensors") == own
@@ -49,9 +50,13 @@ def test_an_adapter_of_another_place_gives_the_same_model_and_report(finished_co
     page = (made / "report.html").read_text()
     assert "came a LoRA adapter of rank 4" in page and "Training loss" in page
     assert not (made / "figures/loss.png").exists()
-    # A changed file of the source is noticed, as of a local base; training's own settings say nothing.
+    text = (made / "export/README.md").read_text()
+    assert "and trained elsewhere." in text and "came from elsewhere" in text
+    assert "nothing here shows what it read" in text and "at that length" not in text
+    # A changed file of the source is noticed, as of a local base; training's own settings say nothing,
+    # but the seal has the configuration.
     overrides["training"]["learning_rate"] = 0.5
-    assert finished_copy.planned(overrides) == {}
+    assert finished_copy.planned(overrides) == {"provenance": 1}
     edit_json(elsewhere / ADAPTER, lora_alpha=16)
     assert "adopt" in finished_copy.planned(overrides)
 
@@ -61,6 +66,13 @@ def test_a_missing_source_is_said_before_the_first_job(workspace):
     assert done.returncode == 1 and not list(workspace.directory.rglob("results/**/*.json"))
     error = next(line for line in done.stdout.splitlines() if line.startswith("error: "))
     assert "training.source ./nowhere is no directory" in one_sentence(error)
+
+
+@pytest.mark.parametrize("source", ["trained", "merged", "export", "mine/deep", "."])
+def test_a_source_in_the_runs_own_directory_is_refused(source):
+    """Its rule would remove it first."""
+    said = config_refusal(DEFAULT, {"training.source": f"results/{DEFAULT['run']}/{source}"})
+    assert f"lies in results/{DEFAULT['run']}, which this run writes" in said
 
 
 @pytest.mark.parametrize(
@@ -164,6 +176,41 @@ def test_an_adapter_is_merged_as_peft_merges_it(made, tmp_path, settings):
     expected = model.state_dict()
     for name, tensor in merged(made, tmp_path).items():
         assert torch.allclose(tensor, expected[name], atol=1e-5), name
+
+
+def test_what_a_model_computes_anew_may_be_there_or_not(tmp_path):
+    """Llama 2 came with frequencies in its weights, and some tied models with a copy of the embedding."""
+    directory = make_run(tmp_path / "run", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(directory / "base")
+    model.model.norm.weight.data += 1
+    model.save_pretrained(tmp_path / "whole")
+    shutil.copy(directory / "rope/config.json", tmp_path / "whole")
+    head = load_file(directory / "base/model.safetensors")["model.embed_tokens.weight"]
+    more = {"model/layers/0/self_attn/rotary_emb/inv_freq": torch.ones(4), "lm_head/weight": head}
+    edit_tensors(directory / "model/model.safetensors", **more)
+    bring(directory / "model", directory)
+    run(adopt, *arguments(directory, tmp_path / "whole", tmp_path))
+    assert (
+        merged(directory, tmp_path).keys() == load_file(tmp_path / "whole/model.safetensors").keys()
+    )
+    edit_tensors(directory / "model/model.safetensors", **dict.fromkeys(more))
+    bring(directory / "model", directory)
+    edit_tensors(tmp_path / "whole/model.safetensors", **more)
+    run(adopt, *arguments(directory, tmp_path / "whole", tmp_path))
+
+
+def test_a_rope_that_transformers_4_kept_and_did_not_read_is_refused(made, tmp_path):
+    source = shutil.copytree(made / "whole", tmp_path / "whole")
+    edit_json(source / "config.json", transformers_version="4.57.6")
+    said = refusal(adopt, *arguments(made, source, tmp_path))
+    assert "of transformers 4.57.6 and has no rope_scaling" in said
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_sentence(made, tmp_path):
+    source = shutil.copytree(made / "adapter", tmp_path / "adapter")
+    (source / "tokenizer.model").write_bytes(b"broken")
+    said = refusal(adopt, *arguments(made, source, tmp_path))
+    assert "which training.source names, cannot be loaded" in said
 
 
 LEGACY = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}

@@ -173,7 +173,9 @@ def tree(tmp_path) -> Path:
 def config_of(image: str, **paths) -> dict:
     """Return the part of a config that images depend on."""
     paths = {"results": "results", "work": "work", "cache": ".cache"} | paths
-    return {"container": {"image": image}, "paths": paths, "model": {"source": "owner/name"}}
+    return {"container": {"image": image}, "paths": paths, "model": {"source": "owner/name"}} | {
+        "training": {"source": None}
+    }
 
 
 def test_an_image_of_ours_is_the_recorded_digest_or_the_sif_of_this_tree(tree):
@@ -245,6 +247,8 @@ def test_the_environment_binds_and_keeps_pythons_variables_out(tmp_path, monkeyp
         f"{here}/.cache", f"{tmp_path}/wheels",
     ]  # fmt: skip
     assert work.is_dir()
+    elsewhere = config_of("cpu") | {"training": {"source": str(tmp_path / "big")}}
+    assert str(tmp_path / "big") in containers.environment(elsewhere)["APPTAINER_BIND"].split(",")
     monkeypatch.setenv("APPTAINER_BIND", values["APPTAINER_BIND"])
     again = containers.environment(config_of("cpu", work=str(tmp_path / "scratch" / "work")))
     assert again == values  # a Snakemake inside a job adds nothing

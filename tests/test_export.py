@@ -230,6 +230,17 @@ def test_a_family_that_transformers_4_runs_unscaled_gets_no_old_keys():
     }
 
 
+def test_a_size_of_heads_that_a_config_computes_is_not_written():
+    """Falcon's cannot be set, so a config.json that states it does not load."""
+    from transformers import FalconConfig
+
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    loaded = FalconConfig(alibi=False)
+    found = legacy.with_old_keys({"model_type": "falcon"}, rope, loaded)
+    assert "head_dim" not in found and found["rope_scaling"]["factor"] == 2.0
+    assert FalconConfig.from_dict(found).rope_parameters == rope
+
+
 def test_a_tokenizers_own_tokens_have_the_old_name():
     found = legacy.tokenizer_keys({"tokenizer_class": "T", "extra_special_tokens": ["<a>"]})
     assert found == {"tokenizer_class": "T", "additional_special_tokens": ["<a>"]}
@@ -304,6 +315,25 @@ def test_what_comes_from_the_hub_is_linked(finished, tmp_path):
     assert data["datasets"] == ["books/pg"] and data["language"] == ["en"]
     assert data["license"] == "llama2" and settings["name"] == "Owl-7b-1k"
     assert "| by \\| sa |" in text
+
+
+def test_the_card_says_on_what_length_and_counts_what_was_scored(finished):
+    """Not that it trained at the target where the sequences are shorter."""
+    report = manifest.read_json(finished.directory / "results/tests/report.json")
+    settings = SETTINGS | {"name": "owl"}
+
+    def text() -> str:
+        return card.text(ROOT / "resources/card.md.jinja", report, [], settings)
+
+    assert "and trained at that length." in text()
+    scored = len([one for one in report["held_out"] if one["scored"]])
+    assert f"Perplexity on {scored} held-out documents" in text()
+    report["mix"]["sequence_length"] = 768
+    report["held_out"].append({"id": "short/one", "tokens": 3, "scored": 0})
+    assert "and trained on sequences of 768 tokens." in text()
+    assert f"Perplexity on {scored} held-out documents" in text()
+    report["rope"]["variants"][report["rope"]["trained"]]["method"] = "none"
+    assert "and trained further on sequences of 768 tokens." in text()
 
 
 def test_the_gates_reasons_are_on_the_card(finished, extended):

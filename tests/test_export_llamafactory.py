@@ -14,7 +14,7 @@ from conftest import ROOT
 from transformers import AutoConfig
 
 import export_llamafactory
-from longyarn import manifest
+from longyarn import legacy, manifest
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import llamafactory
@@ -57,9 +57,34 @@ def test_the_model_is_the_base_with_its_new_rope(made):
     config = AutoConfig.from_pretrained(output / "model")
     assert config.rope_parameters == rope["rope_parameters"]
     assert config.max_position_embeddings == rope["max_position_embeddings"]
+    # What LLaMA-Factory on transformers 4 reads.
+    old = manifest.read_json(output / "model/config.json")
+    assert old["rope_scaling"] | {"rope_theta": old["rope_theta"]} == rope["rope_parameters"]
     own, base = output / "model/model.safetensors", made / "base/model.safetensors"
     assert own.samefile(base)  # linked, not copied
     assert "rope_scaling" not in exports.said(output)
+    small, base = output / "model/tokenizer.json", made / "base/tokenizer.json"
+    assert small.read_bytes() == base.read_bytes() and not small.samefile(base)
+
+
+def test_a_family_without_an_older_form_is_warned_of(made, monkeypatch, capsys):
+    monkeypatch.setattr(legacy, "UNSCALED", ("llama",))
+    output = exports.export(export_llamafactory, made)
+    assert "rope_scaling" not in manifest.read_json(output / "model/config.json")
+    said = "has no scaled RoPE for models of type llama"
+    assert said in capsys.readouterr().err
+    assert (
+        said in (output / "train.yaml").read_text() and said in (output / "README.md").read_text()
+    )
+
+
+def test_the_result_lies_outside_the_run_and_no_absolute_path_is_written(made):
+    output = exports.export(export_llamafactory, made)
+    place = exports.said(output)["output_dir"]
+    assert not (output / place).resolve().is_relative_to(made.resolve())
+    text = (output / "README.md").read_text()
+    assert str(made.parent) not in text
+    assert f"source: <paths.results>/{made.name}-export_llamafactory/trained" in text
 
 
 def test_the_same_export_twice_is_the_same_bytes(made):
@@ -129,6 +154,12 @@ def test_without_shared_sequences_the_batch_stays_the_same(made, capsys):
     assert json.loads((output / "deepspeed.json").read_text())["gradient_accumulation_steps"] == 2
 
 
+def test_a_batch_that_divides_only_among_shared_sequences_is_refused(made):
+    shared = {"gpus": 8, "sp_size": 8, "zero_stage": 3, "attention": "flash_attention_2"}
+    with pytest.raises(SystemExit, match=r"training\.sp_size 8 cannot be expressed, because"):
+        exports.export(export_llamafactory, made, batch_size=2, precision="bf16", **shared)
+
+
 def test_a_tied_embedding_trained_apart_is_warned_of(tmp_path, capsys):
     made = exports.make(tmp_path, tie_word_embeddings=True)
     exports.export(export_llamafactory, made, lora={"rank": 4, "train_embeddings": True})
@@ -159,12 +190,12 @@ def test_its_own_trainer_learns_the_same_and_comes_back(finished_copy):
         [python, "-P", "-c", TRAIN], cwd=made / "llamafactory", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    trained = made / "llamafactory-trained"
+    trained = made.parent / "tests-llamafactory/trained"
     log = json.loads((trained / "trainer_state.json").read_text())["log_history"]
     losses = [[entry["step"], entry["loss"]] for entry in log if "loss" in entry]
     assert np.allclose(losses, manifest.read_facts(made / "trained.json")["loss"], atol=1e-3)
     own = shutil.copyfile(made / "merged/model.safetensors", made.parent / "own.safetensors")
-    overrides = {"training": {"source": "results/tests/llamafactory-trained"}}
+    overrides = {"training": {"source": "results/tests-llamafactory/trained"}}
     readme = (made / "llamafactory/README.md").read_text()
     assert yaml.safe_load(readme.split("```yaml")[1].split("```")[0]) == overrides
     finished_copy.snakemake("results/tests/merged.json", overrides=overrides)

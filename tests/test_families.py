@@ -225,6 +225,8 @@ NOTES = """
   pairs stay, and the slow ones go from 8 to s times slower. Because that discards something that was
   learnt, it has to be asked for: state the length and a reason. The stage says what it replaces, and the
   manifest keeps it under `facts.replaced`. A target within 131072 is refused.
+- **Mixtral**'s type leaves `head_dim` open where config.json does not state it, and transformers then builds
+  no YaRN. Such a model is refused, and the sentence says what to write there, in a local copy.
 - **Mistral v0.1** attends within 4096 tokens, and its config says 32768 where YaRN's authors took 8192.
   `rope.sliding_window: full` lifts the window in the extended model (its untouched base keeps it), as they
   did. v0.3 has no window.

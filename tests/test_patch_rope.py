@@ -15,6 +15,7 @@ from stages import edit_json
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import patch_rope
 from longyarn import manifest, models, rope
 from longyarn.cli import UserError
 
@@ -367,3 +368,18 @@ def test_legacy_rope_scaling_is_read_and_written_in_todays_form(tmp_path):
     assert "rope_scaling" not in new
     assert "rope_theta" not in new
     assert "type" not in new["rope_parameters"]
+
+
+def test_yarn_for_a_model_that_does_not_state_its_heads_size_is_refused(tmp_path):
+    """transformers would fail on it when the model is built, and does not once it is stated."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    wanted = {"model_type": "mixtral", "rope_parameters": rope | {"rope_theta": 1e4}} | sizes
+    with pytest.raises(UserError, match='write "head_dim": 32 there'):
+        patch_rope.check_it_is_taken(MixtralConfig, wanted, "yarn")
+    patch_rope.check_it_is_taken(MixtralConfig, wanted | {"head_dim": 32}, "yarn")
+    small = {"vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 32}
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(MixtralConfig.from_dict(wanted | small))

@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT
 from stages import edit_json, one_sentence
 
+import push as stage
 from longyarn import manifest
+from longyarn.cli import UserError
 
 MINE, READER = "hf_mine", "hf_reader"
 
@@ -127,6 +129,22 @@ def test_a_card_that_the_hub_does_not_take_is_refused_before_anything_is_sent(hu
     assert not hub.uploaded
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (TimeoutError("the write timed out"), "the hub is out of reach"),
+        (PermissionError("token refused"), "the hub does not let this token write to me/owl"),
+        (ValueError("Expecting value"), "the hub did not take me/owl"),
+    ],
+)
+def test_what_the_hubs_client_raises_besides_is_said_of_the_hub(error, words):
+    """hf_xet raises PermissionError without a number for a token; one of the disk stays the disk's."""
+    with pytest.raises(UserError, match=words), stage.errors("me/owl"):
+        raise error
+    with pytest.raises(PermissionError), stage.errors("me/owl"):
+        raise PermissionError(13, "Permission denied")
+
+
 def test_the_gate_of_another_model_is_refused(hub, made):
     edit_json(made / "verified.json", inputs={"merge": "0" * 64})
     assert "is of another merged model" in refused(hub, made)
@@ -141,6 +159,14 @@ def test_a_file_that_changed_after_the_export_is_seen(hub, made):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert "model.safetensors of me/owl" in refused(hub, made)
+
+
+def test_a_small_file_that_changed_after_the_export_is_seen(hub, made):
+    """Outside LFS too, where the size is the same."""
+    hub.allow(MINE, "me")
+    settings = made / "export/generation_config.json"
+    settings.write_text(settings.read_text().replace("0", "1"))
+    assert "generation_config.json of me/owl" in refused(hub, made)
 
 
 def test_through_snakemake(hub, finished_copy, monkeypatch):

@@ -50,6 +50,7 @@ def text(template: Path, report: dict, compared: list[dict], settings: dict) -> 
             settings=settings,
             base=base_name(report),
             method=METHODS.get(of_trained(report)["method"]),
+            trained=how_trained(report),
             rope=of_trained(report),
             shown=[name for name in ("base", "trained") if name in report["perplexity"]],
             asked=[name for name in ("base", "trained") if name in report["passkey_by_length"]],
@@ -61,6 +62,14 @@ def text(template: Path, report: dict, compared: list[dict], settings: dict) -> 
         )
     except (jinja2.TemplateError, OSError) as error:
         raise UserError(f"the template {template} cannot be filled ({error}); mend it") from error
+
+
+def how_trained(report: dict) -> str:
+    """Say on which length the model was trained, where that is known."""
+    length, target = report["mix"]["sequence_length"], report["rope"]["target_length"]
+    if report["training"]["source"]:
+        return "elsewhere"
+    return "at that length" if length == target else f"on sequences of {length:,} tokens"
 
 
 def of_trained(report: dict) -> dict:

@@ -266,7 +266,9 @@ def check(config: dict) -> None:
 
 
 def check_source(config: dict) -> None:
-    """Refuse a model trained elsewhere where it has no meaning, and a revision that says nothing."""
+    """Refuse a model trained elsewhere where it has no meaning or would be replaced, and a revision that
+    says nothing.
+    """
     source, revision = config["training"]["source"], config["training"]["revision"]
     named = any("source" in phase.get("training", {}) for phase in config["phases"])
     if config["phases"] and (source or named):
@@ -281,6 +283,12 @@ def check_source(config: dict) -> None:
         )
     if revision and not source:
         raise UserError("training.revision is that of training.source, which is null; set both")
+    run = Path(config["paths"]["results"], config["run"])
+    if source and Path(source).expanduser().resolve().is_relative_to(run.resolve()):
+        raise UserError(
+            f"training.source {source} lies in {run}, which this run writes and replaces; move it out of "
+            "there, and name where it is then"
+        )
     moves = revision and not re.fullmatch("[0-9a-f]{40}", revision)
     if moves and config["model"]["locked"]:
         raise UserError(

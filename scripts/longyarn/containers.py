@@ -126,7 +126,8 @@ def environment(config: dict) -> dict[str, str]:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"paths.{key} cannot be made ({error}); choose another") from None
-    paths.append(Path(config["model"]["source"]).expanduser())
+    sources = [config["model"]["source"], config["training"]["source"]]
+    paths += [Path(source).expanduser() for source in sources if source]
     paths.append(token)
     paths += [Path(part) for key in HOST_PATHS for part in host.get(key, "").split()]
     user = host.get("APPTAINER_BIND") or host.get("SINGULARITY_BIND") or ""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from longyarn import deltas, manifest, models, rope, storage
-from longyarn.cli import UserError, progress
+from longyarn.cli import UserError, first_line, progress
 
 # Kinds of LoRA that the merge does not do, by their keys in adapter_config.json; deltas.py has the others.
 UNKNOWN = (
@@ -21,6 +21,7 @@ UNKNOWN = (
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 DEFAULTS = {"partial_rotary_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 OF_THE_MODEL = ("model_type", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+HEADS = ("lm_head.weight", "embed_out.weight")  # where tied, a second name of the embedding
 BLOCK = 1 << 22  # elements in memory at once
 
 
@@ -64,6 +65,18 @@ def _shown(value) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
+def check_version(record: dict, rope: dict, source: Path) -> None:
+    """Stop where transformers 4 saved a config.json with a RoPE that it does not read, but keeps."""
+    scaled = rope["rope_parameters"]["rope_type"] != "default"
+    old = str(record.get("transformers_version", "")).startswith("4.")
+    if scaled and old and not record.get("rope_scaling"):
+        raise UserError(
+            f"{source / 'config.json'} is of transformers {record['transformers_version']} and has no "
+            "rope_scaling, so the model was trained without this run's RoPE; train it from this run's "
+            "export, with transformers 5 where that says so"
+        )
+
+
 def check_model(config, base, source: Path) -> None:
     """Stop where a transformers configuration is of another model than the base's."""
     for key in OF_THE_MODEL:
@@ -86,10 +99,14 @@ def check_tokenizer(source: Path, base: Path, trust_remote_code: bool) -> None:
     # Not through models.load_tokenizer: an adapter has no model's config.json beside it.
     from transformers import AutoTokenizer
 
-    own, expected = (
-        AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code).get_vocab()
-        for place in (source, base)
-    )
+    expected = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code).get_vocab()
+    try:
+        own = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).get_vocab()
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise UserError(
+            f"the tokenizer in {source}, which training.source names, cannot be loaded "
+            f"({first_line(error)}); restore its files there, or take them away if it is the base's"
+        ) from None
     if own != expected:
         raise UserError(
             f"the tokenizer in {source} has another vocabulary than the base ({len(own)} and "
@@ -199,9 +216,15 @@ def _leaves(names) -> list[str]:
     return sorted({name.split(".")[-2] for name in names})
 
 
-def check_whole(source: Path, base: Path) -> int:
-    """Check a whole model tensor by tensor against the base; return how many parameters it has."""
-    own, expected = tensors(source), tensors(base)
+def check_whole(source: Path, base: Path, config) -> int:
+    """Check a whole model tensor by tensor against the base; return how many parameters it has.
+
+    ``config`` is the base's transformers configuration.
+    """
+    own, expected = (
+        {name: found for name, found in tensors(place).items() if not is_computed(name, config)}
+        for place in (source, base)
+    )
     for name in sorted(own.keys() ^ expected.keys()):
         where = "lacks" if name in expected else "has"
         raise UserError(
@@ -226,6 +249,12 @@ def check_whole(source: Path, base: Path) -> int:
     if not changed:
         raise UserError(f"the model in {source} is the base itself; mend training.source")
     return sum(math.prod(place.shape) for _, place in own.values())
+
+
+def is_computed(name: str, config) -> bool:
+    """Tell whether a model has a tensor whether or not it is saved: it follows from others, or the RoPE."""
+    tied = config.tie_word_embeddings and name in HEADS
+    return bool(tied) or name.endswith(".rotary_emb.inv_freq")
 
 
 def _compare(

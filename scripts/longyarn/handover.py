@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longyarn import manifest, packing, rope
+from longyarn import legacy, manifest, models, packing, rope
 from longyarn.cli import progress, require_space
+from longyarn.links import link_weights
 from longyarn.sequences import Packed
 
 IGNORED = -100  # a label that counts in no loss
@@ -88,20 +89,55 @@ class Run:
 
 
 def write_model(run: Run, directory: Path) -> None:
-    """Write the base with the run's RoPE in its config.json; weights are linked."""
-    from download_model import link_or_copy
+    """Write the base with the run's RoPE in its config.json, in both forms; weights are linked.
+
+    Both, because a framework on transformers 4 would not see that of today, and train unscaled.
+    """
+    from transformers import AutoConfig
 
     directory.mkdir()
-    for file in sorted(run.model.glob("[!.]*")):
-        if file.name != "config.json":
-            link_or_copy(file, directory / file.name)
+    link_weights(run.model, directory)
     config = rope.patched_config(
         manifest.read_json(run.model / "config.json"),
         run.rope["rope_parameters"],
         run.rope["max_position_embeddings"],
         run.rope["full_attention"],
     )
+    trust = run.base["trust_remote_code"]
+    loaded = AutoConfig.from_pretrained(run.model, trust_remote_code=trust)
+    config = legacy.with_old_keys(config, run.rope["rope_parameters"], loaded)
     manifest.write_json(directory / "config.json", config)
+    written = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+    models.check_config(written, run.rope, directory / "config.json")
+
+
+def today_alone(run: Run) -> list[str]:
+    """Return a note where transformers 4 does not know the RoPE of the model that is handed over."""
+    kind = manifest.read_json(run.model / "config.json")["model_type"]
+    if legacy.rope_keys(kind, run.rope["rope_parameters"]) or run.rope["method"] == "none":
+        return []
+    return [
+        f"transformers 4 has no scaled RoPE for models of type {kind} and would train them without it, "
+        "so use transformers 5"
+    ]
+
+
+def results(arguments: argparse.Namespace) -> str:
+    """Return the directory of what the framework makes, as seen from the payload.
+
+    Beside the run's: what lies in the run is sealed and archived with it.
+    """
+    return f"../../{arguments.output.parent.name}-{arguments.output.name}"
+
+
+def source(arguments: argparse.Namespace) -> str:
+    """Return the trained model as `training.source` names it.
+
+    Not by an absolute path: README.md has it, and its hash would be another on each machine.
+    """
+    above = arguments.output.parent.parent
+    shown = Path("<paths.results>") if above.is_absolute() else above
+    return (shown / Path(results(arguments)).name / "trained").as_posix()
 
 
 def modules(run: Run) -> tuple[list[str], list[str], bool]:
@@ -177,8 +213,11 @@ def write_settings(file: Path, values: dict, head: list[str], notes: list[str]) 
     manifest.write_text(file, "\n".join(lines) + "\n" + text)
 
 
-def write_readme(file: Path, name: str, commands: list[str], back: str, notes: list[str]) -> None:
+def write_readme(
+    file: Path, name: str, commands: list[str], arguments: argparse.Namespace, notes: list[str]
+) -> None:
     """Write how to train with a framework, and how the result comes back."""
+    place, back = results(arguments), source(arguments)
     differing = "".join(f"- {note}\n" for note in notes) or "- nothing that we know of\n"
     manifest.write_text(
         file,
@@ -194,8 +233,8 @@ Train, in this directory:
 {chr(10).join(commands)}
 ```
 
-The result lies beside this directory, which the next export replaces. Training goes on from a checkpoint
-that lies there, so move an older result away first.
+The result lies in `{place}`, outside the run. Training goes on from a checkpoint that lies there, so
+move an older result away first.
 
 Bring the result back: add to the run's configuration
 

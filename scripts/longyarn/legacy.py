@@ -11,8 +11,8 @@ NAMES = {
     "gpt_neox_japanese": ("rotary_emb_base", "rotary_pct"),
 }
 APART = ("rope_theta", "partial_rotary_factor")
-# Families whose code in transformers 4.57.6 reads no rope_scaling: they would run unscaled there.
-UNSCALED = ("dbrx", "nemotron", "recurrent_gemma")
+# Families that transformers 4.57.6 would run unscaled (the first three), or whose scaled RoPE it refuses.
+UNSCALED = ("dbrx", "nemotron", "recurrent_gemma", "llama4_text", "olmo", "olmo2")
 
 
 def rope_keys(model_type: str, parameters: dict) -> dict:
@@ -28,13 +28,16 @@ def rope_keys(model_type: str, parameters: dict) -> dict:
     return found | ({"rope_scaling": scaling} if scaled else {})
 
 
-def with_old_keys(config: dict, parameters: dict, head_dim: int) -> dict:
+def with_old_keys(config: dict, parameters: dict, loaded) -> dict:
     """Return a config.json with its RoPE in both forms, and its type under both names.
 
-    ``head_dim`` is written where the config leaves it open: YaRN in transformers 4 fails on a null one.
+    ``loaded`` is the model's transformers configuration. ``head_dim`` is written where the config leaves it
+    open, and can state it: YaRN in transformers 4 fails on a null one.
     """
     both = config | rope_keys(config["model_type"], parameters)
-    both["head_dim"] = config.get("head_dim") or head_dim
+    if not isinstance(getattr(type(loaded), "head_dim", None), property):  # computed, as Falcon's
+        stated = config.get("head_dim") or getattr(loaded, "head_dim", None)
+        both["head_dim"] = stated or loaded.hidden_size // loaded.num_attention_heads
     dtype = config.get("dtype") or config.get("torch_dtype")
     return both | ({"dtype": dtype, "torch_dtype": dtype} if dtype else {})
 
