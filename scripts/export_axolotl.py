@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from longyarn import batches, engine, handover, manifest
+from longyarn import batches, handover
 from longyarn.cli import program
 
 NAME = "Axolotl"
@@ -49,20 +49,17 @@ def main() -> None:
     handover.add_arguments(parser)
     arguments = parser.parse_args()
     run = handover.Run.of(arguments)
-    values, notes = settings(run, handover.results(arguments))
-    handover.warn("export_axolotl", notes)
-    with manifest.new_directory(arguments.output) as directory:
-        handover.write_model(run, directory / "model")
-        rows = handover.write_dataset(run, directory / "dataset", COLUMNS, examples(run), None)
-        if "deepspeed" in values:
-            manifest.write_json(
-                directory / values["deepspeed"], engine.deepspeed_config(run.training)
-            )
-        handover.write_settings(directory / "train.yaml", values, HEAD, notes)
-        handover.write_readme(
-            directory / "README.md", NAME, [start(run.training)], arguments, notes
-        )
-    handover.publish(arguments, Path(__file__), rows, notes)
+    handover.write(
+        arguments,
+        Path(__file__),
+        run,
+        name=NAME,
+        head=HEAD,
+        settings=settings(run, handover.results(arguments)),
+        dataset=(COLUMNS, examples(run), None),
+        training=run.training,
+        command=start(run.training),
+    )
 
 
 def examples(run: handover.Run) -> Iterator[dict]:

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from longyarn import batches, engine, handover, manifest
+from longyarn import batches, handover
 from longyarn.cli import UserError, program
 
 NAME = "LLaMA-Factory"
@@ -51,22 +51,17 @@ def main() -> None:
     handover.add_arguments(parser)
     arguments = parser.parse_args()
     run = handover.Run.of(arguments)
-    values, notes = settings(run, handover.results(arguments))
-    handover.warn("export_llamafactory", notes)
-    with manifest.new_directory(arguments.output) as directory:
-        handover.write_model(run, directory / "model")
-        rows = handover.write_dataset(
-            run, directory / "dataset", columns(run), sequences(run), len(run.data)
-        )
-        if "deepspeed" in values:
-            manifest.write_json(
-                directory / values["deepspeed"], engine.deepspeed_config(alone(run.training))
-            )
-        handover.write_settings(directory / "train.yaml", values, HEAD, notes)
-        handover.write_readme(
-            directory / "README.md", NAME, [start(run.training)], arguments, notes
-        )
-    handover.publish(arguments, Path(__file__), rows, notes)
+    handover.write(
+        arguments,
+        Path(__file__),
+        run,
+        name=NAME,
+        head=HEAD,
+        settings=settings(run, handover.results(arguments)),
+        dataset=(columns(run), sequences(run), len(run.data)),
+        training=alone(run.training),
+        command=start(run.training),
+    )
 
 
 def columns(run: handover.Run) -> list[str]:

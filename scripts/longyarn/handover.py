@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longyarn import legacy, manifest, models, packing, rope
+from longyarn import engine, legacy, manifest, models, packing, rope
 from longyarn.cli import progress, require_space
 from longyarn.links import link_weights
 from longyarn.sequences import Packed
@@ -203,6 +203,36 @@ def write_dataset(
     return count
 
 
+def write(
+    arguments: argparse.Namespace,
+    script: Path,
+    run: Run,
+    name: str,
+    head: list[str],
+    settings: tuple[dict, list[str]],
+    dataset: tuple[Sequence[str], Iterator[dict], int | None],
+    training: dict,
+    command: str,
+) -> None:
+    """Write an export and its manifest, and say on stderr what the framework's settings cannot express.
+
+    ``name`` is the framework's, ``head`` the comments above its settings. ``settings``: those, and notes of
+    what they do not say. ``dataset``: columns, rows, and how many where that is known. ``training``: the
+    section that DeepSpeed's settings are made from.
+    """
+    values, notes = settings
+    for note in notes:
+        print(f"{script.stem}: warning: {note}", file=sys.stderr)
+    with manifest.new_directory(arguments.output) as directory:
+        write_model(run, directory / "model")
+        rows = write_dataset(run, directory / "dataset", *dataset)
+        if "deepspeed" in values:
+            manifest.write_json(directory / values["deepspeed"], engine.deepspeed_config(training))
+        write_settings(directory / "train.yaml", values, head, notes)
+        write_readme(directory / "README.md", name, command, arguments, notes)
+    publish(arguments, script, rows, notes)
+
+
 def write_settings(file: Path, values: dict, head: list[str], notes: list[str]) -> None:
     """Write settings as YAML below a head of comments; ``notes`` are what they do not say."""
     import yaml
@@ -214,7 +244,7 @@ def write_settings(file: Path, values: dict, head: list[str], notes: list[str]) 
 
 
 def write_readme(
-    file: Path, name: str, commands: list[str], arguments: argparse.Namespace, notes: list[str]
+    file: Path, name: str, command: str, arguments: argparse.Namespace, notes: list[str]
 ) -> None:
     """Write how to train with a framework, and how the result comes back."""
     place, back = results(arguments), source(arguments)
@@ -230,7 +260,7 @@ has the settings of this run's section `training`.
 Train, in this directory:
 
 ```sh
-{chr(10).join(commands)}
+{command}
 ```
 
 The result lies in `{place}`, outside the run. Training goes on from a checkpoint that lies there, so
@@ -249,12 +279,6 @@ What differs from training here:
 
 {differing}""",
     )
-
-
-def warn(name: str, notes: list[str]) -> None:
-    """Say on stderr what a framework's settings cannot express."""
-    for note in notes:
-        print(f"{name}: warning: {note}", file=sys.stderr)
 
 
 def publish(arguments: argparse.Namespace, script: Path, rows: int, notes: list[str]) -> None:

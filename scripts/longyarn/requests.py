@@ -34,12 +34,12 @@ CPU_RATE = 5.1e10
 # Where the model's shape or the number of tokens is unknown: 13B with LoRA, and a day.
 UNKNOWN = {"mem_mb": 64_000, "runtime": 24 * 60}
 GPUS_OF_A_MACHINE = 8
+EXPORTS = ("export_llamafactory", "export_axolotl")  # which stream the packed sequences
 # Stages that hold no more than the libraries, whatever the model.
 LIGHT = (
     "patch_rope", "report", "gate", "export", "push", "provenance", "bundle", "sweep", "download_model",
-    "checkpoint", "adopt",
+    "checkpoint", "adopt", "pack", *EXPORTS,
 )  # fmt: skip
-EXPORTS = ("export_llamafactory", "export_axolotl")  # which stream the packed sequences
 
 
 def request(config: dict, stage: str, what: str, attempt: int = 1) -> int:
@@ -140,8 +140,6 @@ def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
         return 4 * PROCESS
     if stage == "tokenise":
         return PROCESS + TOKENISE_WORKERS * WORKER
-    if stage == "pack" or stage in EXPORTS:
-        return PROCESS
     if stage == "download_corpus":  # it streams; of a data set it holds a group of rows
         return PROCESS + (ROW_GROUP if config["corpus"]["datasets"] else 0)
     if shape is None:
