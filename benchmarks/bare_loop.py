@@ -9,12 +9,14 @@ import json
 import sys
 from pathlib import Path
 
+from longyarn.core import manifest
+from longyarn.core.torch_setup import set_up_torch
+from longyarn.data.packed_dataset import Packed
+from longyarn.models import loading, lora
+from longyarn.training import chunked_loss, engine
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-
-from longyarn import adapters, engine, losses, manifest, models  # noqa: E402
-from longyarn.cli import set_up_torch  # noqa: E402
-from longyarn.sequences import Packed  # noqa: E402
 
 
 def main(run: Path, settings: dict) -> None:
@@ -26,15 +28,15 @@ def main(run: Path, settings: dict) -> None:
     transformers.set_seed(settings["seed"])
     pack = manifest.read(run / "pack.json")
     masks = pack["facts"]["document_masks"]
-    model = models.load_model(
+    model = loading.load_model(
         run / "base",
         run / "rope/yarn.json",
         dtype="fp32",
         attention=engine.attention(settings, masks),
     )
     model.config.use_cache = False
-    model = adapters.attach(model, settings["lora"])
-    losses.attach(model)  # the same loss on both sides, so that only the loop differs
+    model = lora.attach(model, settings["lora"])
+    chunked_loss.attach(model)  # the same loss on both sides, so that only the loop differs
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained,

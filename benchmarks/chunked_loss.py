@@ -21,7 +21,7 @@ def step(kind: str) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from longyarn import losses
+    from longyarn.training import chunked_loss
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -30,7 +30,7 @@ def step(kind: str) -> int:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     if kind == "chunked":
-        losses.attach(model)
+        chunked_loss.attach(model)
     tokens = torch.randint(VOCABULARY, (1, LENGTH))
     positions = torch.arange(LENGTH)[None]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -17,9 +17,9 @@ import memory
 import small_runs
 import torch
 
-from longyarn import estimate, shapes
-from longyarn.cli import UserError
-from longyarn.metrics import read
+from longyarn.cluster import estimate, model_shapes
+from longyarn.core.errors import UserError
+from longyarn.training.metrics import read
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_2_7B = memory.MICRO | {
@@ -66,7 +66,7 @@ def measure(sizes: dict, length: int, cpu: bool, changes: dict) -> dict:
         steps = [line for line in read(work / "metrics.jsonl") if "loss" in line][1:]
     rate = sum(line["tokens_per_second"] for line in steps) / len(steps)
     setup = estimate.Setup(length, lora=config["training"]["lora"], gradient_checkpointing=False)
-    flops = estimate.training_flops(shapes.Shape.of(sizes), setup, 1)
+    flops = estimate.training_flops(model_shapes.Shape.of(sizes), setup, 1)
     return {
         "tokens_per_second": rate,
         "model_tflops": rate * flops / 1e12,

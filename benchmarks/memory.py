@@ -16,10 +16,10 @@ from pathlib import Path
 
 import small_runs
 
+from longyarn.cluster import estimate, model_shapes
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-
-from longyarn import estimate, shapes  # noqa: E402
 
 MICRO = json.loads((ROOT / "resources/micro-base/config.json").read_text())
 NOTHING = MICRO | {
@@ -72,7 +72,9 @@ def configuration(case: str) -> dict:
 
 def estimated(case: str) -> tuple[float, float]:
     """Return the plan's estimates of both peaks in bytes; it knows nothing of the libraries."""
-    parts = estimate.memory(shapes.Shape.of(CASES[case][0]), estimate.Setup.of(configuration(case)))
+    parts = estimate.memory(
+        model_shapes.Shape.of(CASES[case][0]), estimate.Setup.of(configuration(case))
+    )
     return estimate.peak(parts | {"saving": 0}), estimate.peak(parts)
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import packing_memory
 import texts
 
+from longyarn.core import manifest, tensorfile
+
 sys.path.insert(0, str(texts.ROOT / "scripts"))
-from longyarn import manifest, storage
 
 RANK, THREADS, ROUNDS = 64, 2, 3
 SHAPE = {
@@ -86,12 +87,12 @@ def compare(directory: Path) -> None:
     theirs = {
         name: (file, place)
         for file in (directory / "peft").glob("*.safetensors")
-        for name, place in storage.header(file).items()
+        for name, place in tensorfile.header(file).items()
     }
     for file in (directory / "merged").glob("*.safetensors"):
-        for name, place in storage.header(file).items():
-            one = storage.torch_rows(file, place).float()
-            other = storage.torch_rows(*theirs[name]).float()
+        for name, place in tensorfile.header(file).items():
+            one = tensorfile.torch_rows(file, place).float()
+            other = tensorfile.torch_rows(*theirs[name]).float()
             far = (one - other).abs() > 2**-7 * one.abs() + 1e-5
             if far.any():
                 raise SystemExit(f"error: {name} differs from PEFT's merge")

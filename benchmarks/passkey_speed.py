@@ -17,7 +17,9 @@ RUN = ROOT / "results" / "micro"
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import passkey  # noqa: E402
-from longyarn import cli, models, prefixes  # noqa: E402
+from longyarn.core.torch_setup import set_up_torch  # noqa: E402
+from longyarn.evaluation import shared_prefixes  # noqa: E402
+from longyarn.models import loading  # noqa: E402
 
 ROUNDS = 3
 
@@ -26,7 +28,7 @@ def grid() -> dict[tuple, list[tuple[list[int], int]]]:
     """Return the default's prompts by cell."""
     settings = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     settings = settings["evaluation"]["passkey"]
-    tokenizer = models.load_tokenizer(RUN / "base", False)
+    tokenizer = loading.load_tokenizer(RUN / "base", False)
     filler = passkey.read_haystack(tokenizer, None)
     how = (settings["trials"], settings["digits"], settings["seed"], settings["needles"])
     return {
@@ -41,7 +43,7 @@ def grid() -> dict[tuple, list[tuple[list[int], int]]]:
 
 def ours(model, prompts: dict) -> dict[tuple, int]:
     """Return the keys found in each cell, as the stage finds them."""
-    reader = prefixes.Reader(model)
+    reader = shared_prefixes.Reader(model)
     found = dict.fromkeys(prompts, 0)
     for cell, batch in passkey.in_order(prompts):
         found[cell] += sum(passkey.retrieved(reader, batch))
@@ -73,8 +75,8 @@ def timed(function, model, prompts: dict) -> tuple[float, dict]:
 
 def measure() -> dict:
     """Return the median seconds of both and of their ratio, measured in turn."""
-    cli.set_up_torch(1)
-    model = models.load_model(
+    set_up_torch(1)
+    model = loading.load_model(
         RUN / "base", RUN / "rope" / "yarn.json", dtype="fp32", attention="sdpa"
     ).eval()
     prompts, pairs = grid(), []

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import perplexity  # noqa: E402
-from longyarn.windows import window_losses  # noqa: E402
+from longyarn.evaluation.window_losses import window_losses  # noqa: E402
 
 LONGEST, TEXTS, ROUNDS = 2048, 4, 5
 LENGTHS = [LONGEST * number // 16 for number in range(1, 17)]

@@ -8,11 +8,12 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from longyarn.config import derived
+from longyarn.config.load import complete
+from longyarn.core import manifest
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-
-from longyarn import batches, manifest  # noqa: E402
-from longyarn.config import complete  # noqa: E402
 
 
 def configured(length: int, training: dict, document_masks: bool = True) -> dict:
@@ -84,7 +85,7 @@ def train_command(
     """Return the command that trains on the manifests below ``inputs``, all processes on this machine."""
     parts = [
         sys.executable, ROOT / "scripts/launch.py", "1", "--nproc-per-node",
-        batches.processes(training), ROOT / "scripts/train.py", "--base", inputs / "base.json",
+        derived.processes(training), ROOT / "scripts/train.py", "--base", inputs / "base.json",
         "--rope", inputs / rope, "--pack", inputs / "pack.json",
         "--settings", json.dumps(training), "--work", work or output / "work",
         "--manifest", output / "trained.json", "--output", output / "trained",

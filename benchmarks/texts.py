@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from longyarn.core import manifest
+from longyarn.data import documents
+
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "results" / "micro"
 sys.path.insert(0, str(ROOT / "scripts"))
-
-from longyarn import documents, manifest  # noqa: E402
 
 SHORTEST, LONGEST = 1 << 10, 1 << 19  # characters of a document; its length's logarithm is uniform
 HELD_OUT = ["books/0"]

@@ -12,11 +12,11 @@ from pathlib import Path
 import small_runs
 import yaml
 
+from longyarn.config.load import complete
+
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "results" / "micro"
 sys.path.insert(0, str(ROOT / "scripts"))
-
-from longyarn.config import complete  # noqa: E402
 
 WARM, STEPS, ROUNDS = 2, 7, 3  # the first steps are not timed
 OUR_LINE = r"train: step .* loss ([0-9.]+)"

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import plan  # noqa: E402
-from longyarn import containers  # noqa: E402
-from longyarn.cli import UserError, program  # noqa: E402
-from longyarn.packages import pip_settings  # noqa: E402
+from longyarn.cluster import container_images  # noqa: E402
+from longyarn.core.errors import UserError, program  # noqa: E402
+from longyarn.data.python_packages import pip_settings  # noqa: E402
 
 RECORD = ROOT / "containers" / "images.yaml"
 
@@ -32,7 +32,7 @@ def main() -> None:
     """Build one image in the form that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("form", choices=["push", "sif"], help="push to a registry, or one file")
-    parser.add_argument("--image", choices=list(containers.LOCKS), required=True)
+    parser.add_argument("--image", choices=list(container_images.LOCKS), required=True)
     parser.add_argument("--registry", default="", help="where to push, such as ghcr.io/team")
     parser.add_argument("--base", help="another base than the Dockerfile's, as name@sha256:…")
     parser.add_argument("--torch-index-url", default="", help="another index to find torch in")
@@ -88,7 +88,7 @@ def push(image: str, registry: str, base: str | None, binds: dict[Path, str]) ->
     builder = next((name for name in ("podman", "buildah") if shutil.which(name)), None)
     if builder is None:
         raise UserError("no podman or buildah on the path; install one, or use `make sif`")
-    recipe = containers.recipe(image, "Dockerfile", ROOT)
+    recipe = container_images.recipe(image, "Dockerfile", ROOT)
     name = f"{registry.rstrip('/')}/longyarn-{image}"
     command = [builder, "build", "--file", f"containers/{image}.Dockerfile"]
     command += ["--tag", f"{name}:{recipe}", "--build-arg", f"RECIPE={recipe}"]
@@ -115,10 +115,10 @@ def record(image: str, address: str, recipe: str) -> None:
 
 def build_sif(image: str, configs: list[Path], binds: dict[Path, str]) -> None:
     """Build from the Apptainer definition, without root, to the path where a run looks for it."""
-    target = containers.sif(image, plan.layered(*configs)["paths"]["cache"], ROOT)
+    target = container_images.sif(image, plan.layered(*configs)["paths"]["cache"], ROOT)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial.sif")
-    command = [containers.program(), "build", "--force"]
+    command = [container_images.program(), "build", "--force"]
     for here, there in binds.items():
         command += ["--bind", f"{here}:{there}:ro"]
     run([*command, str(partial), f"containers/{image}.def"])

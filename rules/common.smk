@@ -10,26 +10,25 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from adopt import WANTED as ADOPTED
 from download_model import WANTED
-from longyarn import (
-    chat,
-    containers,
-    engine,
-    environment,
+from longyarn.cluster import (
+    container_images,
     estimate,
-    files,
-    manifest,
+    job_resources,
     preflight,
-    requests,
-    sweep,
-    variants,
 )
-from longyarn.cli import UserError
-from longyarn.config import complete, parts, phases
+from longyarn.config import sweep_cells, variants
+from longyarn.config.load import complete
+from longyarn.config.phases import parts, phases
+from longyarn.core import job_record, manifest
+from longyarn.core.code_hash import code_hash
+from longyarn.core.errors import UserError
+from longyarn.data import chat_templates, local_files
+from longyarn.training import engine
 from snakemake.settings.types import DeploymentMethod
 
 try:
     config = complete(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml")
-    requests.check(config)
+    job_resources.check(config)
 except UserError as error:
     # Snakemake would print a WorkflowError with a piece of traceback.
     sys.exit(f"error: {error}")
@@ -46,29 +45,29 @@ PRODUCTS = [
     f"{RUN}/verified.json",
 ]
 
-IMAGE = containers.resolve(config, Path(workflow.basedir))
+IMAGE = container_images.resolve(config, Path(workflow.basedir))
 IN_APPTAINER = (
     DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
 )
 if IN_APPTAINER:
     try:
-        os.environ.update(containers.environment(config))
+        os.environ.update(container_images.environment(config))
     except UserError as error:
         sys.exit(f"error: {error}")
 
 # Where each job ran, for its record. A Snakemake inside a job has them from the one that submitted it.
-if workflow.is_main_process or environment.COMMIT not in os.environ:
+if workflow.is_main_process or job_record.COMMIT not in os.environ:
     os.environ.update(
-        environment.variables(Path(workflow.basedir), IMAGE if IN_APPTAINER else None)
+        job_record.variables(Path(workflow.basedir), IMAGE if IN_APPTAINER else None)
     )
 
 # Each phase's whole configuration by its directory; the run itself, without one, comes last. Each
 # cell's likewise, the run itself first; there are no cells beside phases.
 PHASES = phases(config)
-CELLS = sweep.cells(config)
-PLACES = sweep.places(config)  # the changes of each cell, and of what cells share
+CELLS = sweep_cells.cells(config)
+PLACES = sweep_cells.places(config)  # the changes of each cell, and of what cells share
 PARTS = parts(config)  # the configuration of the jobs in each of all these directories
-PART = f"phase-[0-9]+/|{sweep.DIRECTORY}/[^/]+/"
+PART = f"phase-[0-9]+/|{sweep_cells.DIRECTORY}/[^/]+/"
 
 
 def rope_of(settings):
@@ -132,7 +131,7 @@ def code(stage):
     Comments, docstrings and layout do not count. To accept a change of code that changes no result,
     see docs/reruns.md.
     """
-    return manifest.code_hash(Path(workflow.basedir) / "scripts" / f"{stage}.py")
+    return code_hash(Path(workflow.basedir) / "scripts" / f"{stage}.py")
 
 
 def phase_name(wildcards):
@@ -149,7 +148,9 @@ def phase_of(wildcards):
 def owner(name, stage):
     """Return the directory where a stage of a phase or cell lies: cells share what is the same."""
     return (
-        sweep.directory(sweep.shared(PLACES[name], stage)) if name in PLACES else name
+        sweep_cells.directory(sweep_cells.shared(PLACES[name], stage))
+        if name in PLACES
+        else name
     )
 
 
@@ -223,7 +224,9 @@ def local_trained_files(wildcards):
 def local_corpus_files(wildcards):
     """Return the local files of the corpus, so that a changed one is noticed."""
     entries = config["corpus"]["files"]
-    return [str(file) for entry in entries for file in files.matches(entry["files"])]
+    return [
+        str(file) for entry in entries for file in local_files.matches(entry["files"])
+    ]
 
 
 def rope_settings(wildcards):
@@ -242,7 +245,7 @@ def rope_settings(wildcards):
 
 def request(stage, what):
     """Return a resource of a stage, mem_mb, runtime or gpu, as a function of the attempt."""
-    return lambda wildcards, attempt: requests.request(
+    return lambda wildcards, attempt: job_resources.request(
         phase_of(wildcards), stage, what, attempt
     )
 
@@ -252,7 +255,7 @@ def inside_image():
     if NODES == 1 or not IN_APPTAINER:
         return ""
     settings = workflow.deployment_settings
-    return containers.exec_command(
+    return container_images.exec_command(
         IMAGE, settings.apptainer_args, settings.apptainer_prefix
     )
 
@@ -329,7 +332,7 @@ def tokens_to_read(wildcards):
 def chat_template_file():
     """Return the file of the chat template, where one is named: an edited one tokenises anew."""
     name = config["corpus"]["chat_template"]
-    return [str(chat.path_of(name))] if name else []
+    return [str(chat_templates.path_of(name))] if name else []
 
 
 def variant_inputs(wildcards):

@@ -25,7 +25,7 @@ rule sweep:
         runtime=request("sweep", "runtime"),
     params:
         code=code("sweep"),
-        cells=as_json(sweep.all_changes(config)),
+        cells=as_json(sweep_cells.all_changes(config)),
         benchmarks=f"{RUN}/benchmarks",
     shell:
         "python scripts/sweep.py --rope {input.rope} --cells {params.cells} --train {input.train:q}"

@@ -18,7 +18,7 @@ rule tokenise:
         f"{RUN}/logs/tokenise.log",
     benchmark:
         f"{RUN}/benchmarks/tokenise.tsv"
-    threads: requests.TOKENISE_WORKERS
+    threads: job_resources.TOKENISE_WORKERS
     resources:
         mem_mb=request("tokenise", "mem_mb"),
         runtime=request("tokenise", "runtime"),

@@ -38,7 +38,7 @@ rule train:
         evaluation=evaluation_lengths(),
         inside_image=inside_image(),
         on_every_node=on_every_node(),
-        utilisation=lambda wildcards: requests.flops_options(phase_of(wildcards)),
+        utilisation=lambda wildcards: job_resources.flops_options(phase_of(wildcards)),
         # In a job of SLURM the minutes are a limit; on a workstation they are a guess.
         time_limit="--minutes-are-a-limit" if workflow.remote_exec else "",
     params:

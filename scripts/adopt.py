@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 from download_model import check_whole, is_local, link_or_copy
-from longyarn import hub, manifest, models
-from longyarn.cli import UserError, program, require_space
+from longyarn.core import manifest
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import new_directory, read_json, require_space, write_json
+from longyarn.models import hub
+from longyarn.models.source_files import tensor_files
 
 # What a change of a local source is noticed by.
 WANTED = (*hub.SMALL, *hub.ADAPTER, f"model*{hub.TENSORS}")
@@ -36,7 +39,7 @@ def main() -> None:
     else:
         source, commit = from_hub(arguments.source, arguments.revision, arguments.cache)
     found = check(source, arguments.base.parent / base["directory"], base, rope)
-    with manifest.new_directory(arguments.output) as directory:
+    with new_directory(arguments.output) as directory:
         publish(source, directory, base)
     manifest.write(
         arguments.manifest,
@@ -103,7 +106,7 @@ def check(source: Path, directory: Path, base: dict, rope: dict) -> dict:
     """
     from transformers.utils import logging
 
-    from longyarn import elsewhere
+    from longyarn.models import external
     from patch_rope import read_base
 
     logging.set_verbosity_error()
@@ -112,16 +115,16 @@ def check(source: Path, directory: Path, base: dict, rope: dict) -> dict:
     rope_is_known = (source / "config.json").is_file()
     if rope_is_known:
         own = read_base(source, trust)
-        elsewhere.check_model(own, config, source)
-        elsewhere.check_version(manifest.read_json(source / "config.json"), rope, source)
-        elsewhere.check_rope(own, rope, source)
-    elsewhere.check_tokenizer(source, directory, trust)
+        external.check_model(own, config, source)
+        external.check_version(read_json(source / "config.json"), rope, source)
+        external.check_rope(own, rope, source)
+    external.check_tokenizer(source, directory, trust)
     if (source / ADAPTER).is_file():
-        adapter = elsewhere.check_adapter(source, directory, config)
+        adapter = external.check_adapter(source, directory, config)
         parameters = adapter.pop("parameters")
     else:
         check_whole(source, [])
-        adapter, parameters = None, elsewhere.check_whole(source, directory, config)
+        adapter, parameters = None, external.check_whole(source, directory, config)
     if not rope_is_known:
         print(
             "adopt: warning: no config.json lies beside the adapter, so nothing shows the RoPE that it was "
@@ -139,14 +142,14 @@ def check(source: Path, directory: Path, base: dict, rope: dict) -> dict:
 def publish(source: Path, directory: Path, base: dict) -> None:
     """Put what was trained where training would have put it; ``base``: the base's facts."""
     if not (source / ADAPTER).is_file():
-        files = [*models.tensor_files(source), *source.glob("model.safetensors.index.json")]
+        files = [*tensor_files(source), *source.glob("model.safetensors.index.json")]
     else:
         files = [source / TENSORS]
-        record = manifest.read_json(source / ADAPTER)
+        record = read_json(source / ADAPTER)
         # A path of another machine says nothing here.
         record["base_model_name_or_path"] = base["source"]
         record["revision"] = base["revision"]
-        manifest.write_json(directory / ADAPTER, record)
+        write_json(directory / ADAPTER, record)
     disk = directory.stat().st_dev
     copied = sum(file.stat().st_size for file in files if file.stat().st_dev != disk)
     require_space(directory, copied, "what was trained")

@@ -16,8 +16,11 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from longyarn import runs, seal
-from longyarn.cli import UserError, program, progress, require_space
+from longyarn.core import run_directory
+from longyarn.core.console import progress
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import require_space
+from longyarn.provenance import checksums
 
 LEFT_OUT = ("corpus", "pack", "llamafactory", "axolotl")
 OF_TAR = 2048  # bytes that a file takes beside its content, about
@@ -57,7 +60,7 @@ def main() -> None:
         "pass it on only if you may",
         file=sys.stderr,
     )
-    for setting in settings_of_elsewhere(yaml.safe_load((run / runs.CONFIG).read_bytes())):
+    for setting in settings_of_elsewhere(yaml.safe_load((run / run_directory.CONFIG).read_bytes())):
         print(
             f"bundle: {setting} names what is not in the archive, so whoever gets it has to layer a file on "
             "config.yaml (docs/provenance.md)",
@@ -86,8 +89,8 @@ def settings_of_elsewhere(config: dict) -> Iterator[str]:
 
 def members_of(run: Path) -> Iterator[Member]:
     """Yield what goes into the archive: the workflow, then what is sealed of the run."""
-    names = [*seal.read(run), runs.SEAL]
-    made = runs.manifests(run, names)
+    names = [*checksums.read(run), run_directory.SEAL]
+    made = run_directory.manifests(run, names)
     kept = [name for name in names if not is_left_out(name)]
     for name in kept:
         if not (run / name).is_file():
@@ -95,21 +98,27 @@ def members_of(run: Path) -> Iterator[Member]:
                 f"{run / name} is sealed but missing, and an archive needs it; {mend(run, name, made)}"
             )
     directories = sorted({str(PurePosixPath(name).parent) for name in kept})
-    times = [str(PurePosixPath(directory) / runs.TIMESTAMP) for directory in directories]
+    times = [str(PurePosixPath(directory) / run_directory.TIMESTAMP) for directory in directories]
     kept += [name for name in times if (run / name).is_file()]
     top = PurePosixPath(f"longyarn-{run.name}")
     # Some of these files are inputs of stages, so none may be newer than what was made from them.
     oldest = int(min((run / name).stat().st_mtime for name in made))
     for name in sorted(kept):
-        if name.startswith(f"{runs.WORKFLOW}/") and not name.endswith(runs.TIMESTAMP):
-            yield Member(str(top / name.removeprefix(f"{runs.WORKFLOW}/")), run / name, oldest)
+        if name.startswith(f"{run_directory.WORKFLOW}/") and not name.endswith(
+            run_directory.TIMESTAMP
+        ):
+            yield Member(
+                str(top / name.removeprefix(f"{run_directory.WORKFLOW}/")), run / name, oldest
+            )
     for name in sorted(kept):
         yield Member(str(top / run.as_posix() / name), run / name)
 
 
 def mend(run: Path, name: str, made: dict[str, dict]) -> str:
     """Return what to do about a sealed file that is missing."""
-    directories = {one for file in made for one in runs.payload_directories(file, made[file])}
+    directories = {
+        one for file in made for one in run_directory.payload_directories(file, made[file])
+    }
     above = [str(parent) for parent in PurePosixPath(name).parents]
     holder = next((directory for directory in above if directory in directories), None)
     # Alone, because with --forcerun all would run that follows its stage, training too.
@@ -120,8 +129,8 @@ def mend(run: Path, name: str, made: dict[str, dict]) -> str:
 def is_left_out(name: str) -> bool:
     """Tell whether a file is of a payload that stays behind, the run's own or that of a phase or cell."""
     path = PurePosixPath(name)
-    return path.parts[0] != runs.WORKFLOW and any(
-        above.name in LEFT_OUT and above.parent.name not in runs.OF_VARIANTS
+    return path.parts[0] != run_directory.WORKFLOW and any(
+        above.name in LEFT_OUT and above.parent.name not in run_directory.OF_VARIANTS
         for above in path.parents
     )
 

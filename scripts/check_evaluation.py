@@ -11,8 +11,10 @@ from pathlib import Path
 
 import passkey
 import perplexity
-from longyarn import manifest, models, thresholds
-from longyarn.cli import program
+from longyarn.config import thresholds
+from longyarn.core import manifest
+from longyarn.core.errors import program
+from longyarn.models import loading
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     )
     longest = max(arguments.perplexity_lengths)
     perplexity.whole_windows(held_out, longest, arguments.tokens_per_document)
-    tokenizer = models.load_tokenizer(
+    tokenizer = loading.load_tokenizer(
         arguments.base.parent / base["directory"], base["trust_remote_code"]
     )
     haystack = passkey.read_haystack(tokenizer, arguments.haystack)

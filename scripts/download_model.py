@@ -8,9 +8,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from longyarn import hub, manifest, models
-from longyarn.cli import UserError, program, require_space
-from longyarn.links import link_or_copy
+from longyarn.core import manifest
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import link_or_copy, new_directory, read_json, require_space
+from longyarn.models import hub
+from longyarn.models.source_files import tensor_files
 
 # What a change of a local model is noticed by; of the tensors, those are taken that the index names.
 WANTED = (*hub.SMALL, *hub.CODE, f"*{hub.TENSORS}")
@@ -39,10 +41,10 @@ def main() -> None:
         )
     files = wanted_files(source, arguments.trust_remote_code)
     check_whole(source, files)
-    config = manifest.read_json(source / "config.json")
+    config = read_json(source / "config.json")
     if arguments.trust_remote_code:
         check_code(source)
-    with manifest.new_directory(arguments.output) as directory:
+    with new_directory(arguments.output) as directory:
         disk = directory.stat().st_dev
         copied = sum(file.stat().st_size for file in files if file.stat().st_dev != disk)
         require_space(arguments.output.parent, copied, "the base model")
@@ -91,7 +93,7 @@ def wanted_files(source: Path, code: bool) -> list[Path]:
     if not any(file.name == "config.json" for file in files):
         raise UserError(f"{source} has no config.json; model.source must name a model directory")
     # Not every *.safetensors: some publish their tensors twice, under other names.
-    return sorted(files | set(models.tensor_files(source)))
+    return sorted(files | set(tensor_files(source)))
 
 
 def check_whole(source: Path, files: list[Path]) -> None:
@@ -99,9 +101,9 @@ def check_whole(source: Path, files: list[Path]) -> None:
     from safetensors import SafetensorError, safe_open
 
     for file in files:
-        if file.suffix == ".json" and not isinstance(manifest.read_json(file), dict):
+        if file.suffix == ".json" and not isinstance(read_json(file), dict):
             raise UserError(f"{file} is not a JSON object; restore it from where the model came")
-    for file in models.tensor_files(source):
+    for file in tensor_files(source):
         try:
             with safe_open(file, framework="numpy") as tensors:
                 tensors.keys()
@@ -118,7 +120,7 @@ def check_code(source: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         if not (source / name).is_file():
             continue
-        for reference in manifest.read_json(source / name).get("auto_map", {}).values():
+        for reference in read_json(source / name).get("auto_map", {}).values():
             for part in [reference] if isinstance(reference, str) else reference:
                 if part and "--" in part:
                     raise UserError(

@@ -10,10 +10,14 @@ import json
 import sys
 from pathlib import Path
 
-from longyarn import card, legacy, manifest, models
-from longyarn.cli import UserError, program, set_up_torch
-from longyarn.gating import compare
-from longyarn.links import link_weights
+from longyarn.core import manifest
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import link_weights, new_directory, read_json, write_json
+from longyarn.core.torch_setup import set_up_torch
+from longyarn.models.rope_checks import check_config, check_rotation
+from longyarn.reporting import model_card
+from longyarn.reporting.gate_outcome import compare
+from longyarn.rope import transformers4
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -37,18 +41,20 @@ def main() -> None:
 
     merged = manifest.read(arguments.merge)
     rope = manifest.read_facts(arguments.rope)
-    report = manifest.read_json(arguments.report)
+    report = read_json(arguments.report)
     facts = merged["facts"]
     compared = compare(
         arguments.thresholds, report["verdict"], facts["merge_error"], facts["merge_error_tensor"]
     )
     source, trust = arguments.merge.parent / facts["directory"], facts["trust_remote_code"]
     config = config_for_all(source, rope, trust)
-    name = arguments.settings["name"] or card.default_name(report)
-    text = card.text(arguments.template, report, compared, arguments.settings | {"name": name})
-    with manifest.new_directory(arguments.output) as directory:
+    name = arguments.settings["name"] or model_card.default_name(report)
+    text = model_card.text(
+        arguments.template, report, compared, arguments.settings | {"name": name}
+    )
+    with new_directory(arguments.output) as directory:
         link_weights(source, directory)
-        manifest.write_json(directory / "config.json", config)
+        write_json(directory / "config.json", config)
         write_rest(directory, config)
         (directory / "README.md").write_text(text, encoding="utf-8")
         check(directory, rope, trust)
@@ -64,7 +70,7 @@ def main() -> None:
             "name": name,
             "target_length": rope["max_position_embeddings"],
             "old_rope_keys": sorted(
-                legacy.rope_keys(config["model_type"], rope["rope_parameters"])
+                transformers4.rope_keys(config["model_type"], rope["rope_parameters"])
             ),
             "compared": compared,
             "bytes": sum(file.stat().st_size for file in files),
@@ -77,20 +83,20 @@ def config_for_all(source: Path, rope: dict, trust_remote_code: bool) -> dict:
     from transformers import AutoConfig
 
     loaded = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    models.check_config(loaded, rope, source / "config.json")
-    config = manifest.read_json(source / "config.json")
-    return legacy.with_old_keys(config, rope["rope_parameters"], loaded)
+    check_config(loaded, rope, source / "config.json")
+    config = read_json(source / "config.json")
+    return transformers4.with_old_keys(config, rope["rope_parameters"], loaded)
 
 
 def write_rest(directory: Path, config: dict) -> None:
     """Write the tokenizer's settings for all versions, and generation settings where there are none."""
     tokenizer = directory / "tokenizer_config.json"
     if tokenizer.is_file():
-        manifest.write_json(tokenizer, legacy.tokenizer_keys(manifest.read_json(tokenizer)))
+        write_json(tokenizer, transformers4.tokenizer_keys(read_json(tokenizer)))
     generation = directory / "generation_config.json"
     if not generation.is_file():
         ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
-        manifest.write_json(generation, ids)
+        write_json(generation, ids)
 
 
 def check(directory: Path, rope: dict, trust_remote_code: bool) -> None:
@@ -100,7 +106,7 @@ def check(directory: Path, rope: dict, trust_remote_code: bool) -> None:
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     try:
-        models.check_config(config, rope, Path("config.json"))
+        check_config(config, rope, Path("config.json"))
         with torch.device("meta"):  # the weights take no memory
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         rotary = [one for one in model.modules() if hasattr(one, "inv_freq")]
@@ -110,7 +116,7 @@ def check(directory: Path, rope: dict, trust_remote_code: bool) -> None:
             )
             return
         built = torch.nn.ModuleList(type(one)(one.config) for one in rotary)
-        models.check_rotation(built, rope)
+        check_rotation(built, rope)
     except UserError as error:
         raise UserError(
             f"the exported config.json of a {config.model_type} model would not run as it was trained "

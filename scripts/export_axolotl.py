@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from longyarn import batches, handover
-from longyarn.cli import program
+from longyarn.config import derived
+from longyarn.core.errors import program
+from longyarn.training import frameworks
 
 NAME = "Axolotl"
 VERSION = "0.19.0"  # whose source this follows
@@ -46,23 +47,23 @@ HEAD = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    handover.add_arguments(parser)
+    frameworks.add_arguments(parser)
     arguments = parser.parse_args()
-    run = handover.Run.of(arguments)
-    handover.write(
+    run = frameworks.Run.of(arguments)
+    frameworks.write(
         arguments,
         Path(__file__),
         run,
         name=NAME,
         head=HEAD,
-        settings=settings(run, handover.results(arguments)),
+        settings=settings(run, frameworks.results(arguments)),
         dataset=(COLUMNS, examples(run), None),
         training=run.training,
         command=start(run.training),
     )
 
 
-def examples(run: handover.Run) -> Iterator[dict]:
+def examples(run: frameworks.Run) -> Iterator[dict]:
     """Yield rows: the pieces that are scored where documents are masked, else whole sequences."""
     import numpy as np
 
@@ -70,7 +71,7 @@ def examples(run: handover.Run) -> Iterator[dict]:
         item = run.data[row]
         ids, labels = item["input_ids"].numpy(), item["labels"].numpy()
         places = [place for place, _ in run.pieces(row)] if run.masks else [slice(None)]
-        scored = [place for place in places if (labels[place] != handover.IGNORED).any()]
+        scored = [place for place in places if (labels[place] != frameworks.IGNORED).any()]
         others = [place for place in places if place not in scored]
         groups = [[place] for place in scored or others[:1]]
         groups[-1] += others if scored else others[1:]
@@ -94,13 +95,13 @@ def start(training: dict) -> str:
     return f"axolotl train train.yaml --launcher torchrun -- {processes}"
 
 
-def settings(run: handover.Run, place: str) -> tuple[dict, list[str]]:
+def settings(run: frameworks.Run, place: str) -> tuple[dict, list[str]]:
     """Return its settings for the same training, and a note for each thing that they do not say.
 
     ``place``: the directory of what it makes.
     """
-    training, notes = run.training, handover.unsaid(run.training, LACKING)
-    notes += handover.today_alone(run)
+    training, notes = run.training, frameworks.unsaid(run.training, LACKING)
+    notes += frameworks.today_alone(run)
     values = {
         "base_model": "./model",
         "trust_remote_code": run.base["trust_remote_code"],
@@ -120,7 +121,7 @@ def settings(run: handover.Run, place: str) -> tuple[dict, list[str]]:
         values |= adapter(run)
     values |= {
         "micro_batch_size": training["micro_batch_size"],
-        "gradient_accumulation_steps": batches.accumulation(training),
+        "gradient_accumulation_steps": derived.accumulation(training),
         "num_epochs": run.epochs,
     }
     if training["steps"] is not None:
@@ -178,10 +179,10 @@ def differences(training: dict) -> list[str]:
     return found
 
 
-def adapter(run: handover.Run) -> dict:
+def adapter(run: frameworks.Run) -> dict:
     """Return its settings for the same adapter."""
     lora = run.training["lora"]
-    targets, whole, tied = handover.modules(run)
+    targets, whole, tied = frameworks.modules(run)
     found = {
         "adapter": "lora",
         "lora_r": lora["rank"],

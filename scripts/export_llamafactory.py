@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from longyarn import batches, handover
-from longyarn.cli import UserError, program
+from longyarn.config import derived
+from longyarn.core.errors import UserError, program
+from longyarn.training import frameworks
 
 NAME = "LLaMA-Factory"
 VERSION = "0.9.5"  # whose source this follows
@@ -48,28 +49,28 @@ HEAD = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    handover.add_arguments(parser)
+    frameworks.add_arguments(parser)
     arguments = parser.parse_args()
-    run = handover.Run.of(arguments)
-    handover.write(
+    run = frameworks.Run.of(arguments)
+    frameworks.write(
         arguments,
         Path(__file__),
         run,
         name=NAME,
         head=HEAD,
-        settings=settings(run, handover.results(arguments)),
+        settings=settings(run, frameworks.results(arguments)),
         dataset=(columns(run), sequences(run), len(run.data)),
         training=alone(run.training),
         command=start(run.training),
     )
 
 
-def columns(run: handover.Run) -> list[str]:
+def columns(run: frameworks.Run) -> list[str]:
     """Return the columns of the dataset."""
     return ["input_ids", "attention_mask", "labels"] + ["position_ids"] * run.masks
 
 
-def sequences(run: handover.Run) -> Iterator[dict]:
+def sequences(run: frameworks.Run) -> Iterator[dict]:
     """Yield each packed sequence as the collator of its stage `sft` takes it."""
     import numpy as np
 
@@ -80,7 +81,7 @@ def sequences(run: handover.Run) -> Iterator[dict]:
         for number, (place, padding) in enumerate(run.pieces(row), start=1):
             mask[place] = 0 if padding else number if run.masks else 1
         item |= {"attention_mask": mask}
-        empty = {"labels": handover.IGNORED}
+        empty = {"labels": frameworks.IGNORED}
         yield {
             key: np.pad(item[key], (0, more), constant_values=empty.get(key, 0)).astype(np.int32)
             for key in columns(run)
@@ -100,7 +101,7 @@ def start(training: dict) -> str:
 
 def alone(training: dict) -> dict:
     """Return section `training` for processes that share no sequence, so that the batch stays the same."""
-    sharing, count = training["sp_size"], batches.processes(training)
+    sharing, count = training["sp_size"], derived.processes(training)
     once = training["micro_batch_size"] * count
     if sharing > 1 and training["batch_size"] % once:
         raise UserError(
@@ -111,13 +112,13 @@ def alone(training: dict) -> dict:
     return training | {"sp_size": 1, "gradient_accumulation_steps": None}
 
 
-def settings(run: handover.Run, place: str) -> tuple[dict, list[str]]:
+def settings(run: frameworks.Run, place: str) -> tuple[dict, list[str]]:
     """Return its arguments for the same training, and a note for each thing that they do not say.
 
     ``place``: the directory of what it makes.
     """
-    training, notes = run.training, handover.unsaid(run.training, LACKING)
-    notes += handover.today_alone(run)
+    training, notes = run.training, frameworks.unsaid(run.training, LACKING)
+    notes += frameworks.today_alone(run)
     values = {
         "model_name_or_path": "model",
         "trust_remote_code": run.base["trust_remote_code"],
@@ -137,7 +138,7 @@ def settings(run: handover.Run, place: str) -> tuple[dict, list[str]]:
         values |= adapter(run, notes)
     values |= {
         "per_device_train_batch_size": training["micro_batch_size"],
-        "gradient_accumulation_steps": batches.accumulation(alone(training)),
+        "gradient_accumulation_steps": derived.accumulation(alone(training)),
         "num_train_epochs": run.epochs,
     }
     if training["steps"] is not None:
@@ -183,10 +184,10 @@ def settings(run: handover.Run, place: str) -> tuple[dict, list[str]]:
     return values, notes
 
 
-def adapter(run: handover.Run, notes: list[str]) -> dict:
+def adapter(run: frameworks.Run, notes: list[str]) -> dict:
     """Return its arguments for the same adapter; add to ``notes`` what they do not say."""
     lora = run.training["lora"]
-    targets, whole, tied = handover.modules(run)
+    targets, whole, tied = frameworks.modules(run)
     if tied:
         notes.append(
             "the embedding is this base's output head too, and it trains them apart, so what it gives cannot "

@@ -10,9 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from longyarn import manifest
-from longyarn.cli import UserError, program
-from longyarn.gating import compare, missed
+from longyarn.core import manifest
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import read_json, write_text
+from longyarn.reporting.gate_outcome import compare, missed
 
 
 def main() -> None:
@@ -27,11 +28,11 @@ def main() -> None:
     arguments = parser.parse_args()
     thresholds = arguments.thresholds
 
-    verdict = manifest.read_json(arguments.report)["verdict"]
+    verdict = read_json(arguments.report)["verdict"]
     merged = manifest.read_facts(arguments.merge)
     compared = compare(thresholds, verdict, merged["merge_error"], merged["merge_error_tensor"])
     if said := missed(compared):
-        manifest.write_text(arguments.mark, f"{said}.\n")
+        write_text(arguments.mark, f"{said}.\n")
         raise UserError(
             f"this run is not verified, because {said}; {arguments.mark} marks it, and its files are "
             "kept, with the report; train longer or on more, or loosen the threshold"

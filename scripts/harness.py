@@ -17,8 +17,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from longyarn import evaluation, manifest, models
-from longyarn.cli import UserError, program
+from longyarn.core import manifest
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import read_json
+from longyarn.evaluation import variant_model
+from longyarn.models import loading
 
 # These tasks of RULER make their examples by themselves. All others download them from the hub.
 MADE_HERE = (
@@ -31,7 +34,7 @@ ROOM = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    evaluation.add_model_arguments(parser)
+    variant_model.add_model_arguments(parser)
     parser.add_argument("--tasks", nargs="+", required=True, help="tasks by lm_eval's names")
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="of RULER's prompts")
     parser.add_argument("--limit", type=int, help="examples of each task and length; default: all")
@@ -40,7 +43,7 @@ def main() -> None:
     with without_network() if set(arguments.tasks) <= set(MADE_HERE) else contextlib.nullcontext():
         check_tasks(arguments.tasks)
         tasks = evaluate(arguments)
-    evaluation.write(
+    variant_model.write(
         arguments,
         script=Path(__file__),
         settings={
@@ -104,12 +107,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
     """Return each task's version, shots and metrics."""
     from lm_eval.models.huggingface import HFLM
 
-    directory = evaluation.model_directory(arguments)
+    directory = variant_model.model_directory(arguments)
     remote_code = manifest.read_facts(arguments.model)["trust_remote_code"]
-    tokenizer = models.load_tokenizer(directory, remote_code)
+    tokenizer = loading.load_tokenizer(directory, remote_code)
     # Without a length, lm_eval would keep the end of a prompt that is longer than the base's context.
     longest = max(arguments.lengths) + ROOM
-    lm = HFLM(pretrained=evaluation.load(arguments), tokenizer=tokenizer, max_length=longest)
+    lm = HFLM(pretrained=variant_model.load(arguments), tokenizer=tokenizer, max_length=longest)
     others = [task for task in arguments.tasks if not is_of_ruler(task)]
     ruler = [task for task in arguments.tasks if is_of_ruler(task)]
     if ruler and not remote_code:
@@ -132,7 +135,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
 def check_no_code(model_directory: Path) -> None:
     """Stop where RULER's tasks would run code that came with the tokenizer: they load it trusting it."""
     file = model_directory / "tokenizer_config.json"
-    if file.is_file() and manifest.read_json(file).get("auto_map"):
+    if file.is_file() and read_json(file).get("auto_map"):
         raise UserError(
             f"{file} names code of its own (auto_map), which lm_eval's tasks of RULER would run; read it "
             "and set model.trust_remote_code to true, or take these tasks out of evaluation.harness.tasks"
@@ -144,7 +147,7 @@ def results(lm, tasks: list[str], arguments, length: int | None = None) -> dict[
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    tokenizer = str(evaluation.model_directory(arguments))
+    tokenizer = str(variant_model.model_directory(arguments))
     made_with = {"tokenizer": tokenizer, "max_seq_lengths": [length]} if length else {}
     said = lm_eval.simple_evaluate(
         model=lm,

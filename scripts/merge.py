@@ -15,9 +15,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from longyarn import attempts, deltas, manifest, models, storage
-from longyarn.cli import UserError, program, progress, require_space, set_up_torch
-from longyarn.links import link_or_copy
+from longyarn.core import attempts, manifest, tensorfile
+from longyarn.core.code_hash import code_hash
+from longyarn.core.console import progress
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import (
+    link_or_copy,
+    new_directory,
+    read_json,
+    require_space,
+    sha256,
+    write_json,
+)
+from longyarn.core.torch_setup import set_up_torch
+from longyarn.models import lora_files
+from longyarn.models.source_files import tensor_files
 
 BLOCK = 1 << 22  # elements that are in memory at once, in float32
 KINDS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -41,16 +53,16 @@ def main() -> None:
     train = manifest.read(arguments.train)
     source = arguments.base.parent / base["facts"]["directory"]
     trained = arguments.train.parent / train["facts"]["directory"]
-    base_tensors = tensors(models.tensor_files(source))
+    base_tensors = tensors(tensor_files(source))
     weights = source if train["facts"]["mode"] == "lora" else trained
-    shards = models.tensor_files(weights)
+    shards = tensor_files(weights)
     if weights == source:
         shapes = {name: place.shape for name, (_, place) in base_tensors.items()}
-        changes = deltas.read(trained, shapes)
+        changes = lora_files.read(trained, shapes)
     else:
-        changes = deltas.replacements(tensors(shards), base_tensors)
+        changes = lora_files.replacements(tensors(shards), base_tensors)
     for name in changes:
-        if base_tensors[name][1].kind not in storage.TORCH:
+        if base_tensors[name][1].kind not in tensorfile.TORCH:
             raise UserError(
                 f"{name} of the base is of type {base_tensors[name][1].kind}, to which no change can be "
                 "added; take a base that is not quantised"
@@ -67,7 +79,7 @@ def main() -> None:
     loss = Loss()
     for shard in progress(shards, len(shards), "merge"):
         loss = loss.or_worse(merge.once(shard, work / shard.name))
-    with manifest.new_directory(arguments.output) as directory:
+    with new_directory(arguments.output) as directory:
         for shard in shards:
             link_or_copy(work / shard.name, directory / shard.name)
         copy_index(weights, directory)
@@ -98,16 +110,18 @@ def identity(arguments: argparse.Namespace) -> dict:
     """Return what defines the merged shards, and the run, whose attempts share a work directory."""
     return {
         "run": str(arguments.manifest),
-        "code": manifest.code_hash(Path(__file__)),
-        "base": manifest.sha256(arguments.base),
-        "train": manifest.sha256(arguments.train),
+        "code": code_hash(Path(__file__)),
+        "base": sha256(arguments.base),
+        "train": sha256(arguments.train),
         "dtype": arguments.dtype,
     }
 
 
-def tensors(files: list[Path]) -> dict[str, tuple[Path, storage.Place]]:
+def tensors(files: list[Path]) -> dict[str, tuple[Path, tensorfile.Place]]:
     """Return where each tensor of a model lies, its file and its place there, by name."""
-    return {name: (file, place) for file in files for name, place in storage.header(file).items()}
+    return {
+        name: (file, place) for file in files for name, place in tensorfile.header(file).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -129,9 +143,7 @@ def written(shard: Path) -> bool:
     """Tell whether an attempt before has written a shard: its record comes last, and has its size."""
     record = shard.with_suffix(".json")
     return (
-        record.is_file()
-        and shard.is_file()
-        and manifest.read_json(record)["size"] == shard.stat().st_size
+        record.is_file() and shard.is_file() and read_json(record)["size"] == shard.stat().st_size
     )
 
 
@@ -142,20 +154,20 @@ class Merge:
     Without a dtype each tensor has its type in the base, where that has it.
     """
 
-    changes: dict[str, deltas.Lazy]
-    base: dict[str, tuple[Path, storage.Place]]
+    changes: dict[str, lora_files.Lazy]
+    base: dict[str, tuple[Path, tensorfile.Place]]
     dtype: str | None
 
-    def kind(self, name: str, place: storage.Place) -> str:
+    def kind(self, name: str, place: tensorfile.Place) -> str:
         """Return the type that a tensor is cast to; only what training could have is cast."""
         old = self.base[name][1] if name in self.changes else place
-        return KINDS[self.dtype] if self.dtype and old.kind in storage.TORCH else old.kind
+        return KINDS[self.dtype] if self.dtype and old.kind in tensorfile.TORCH else old.kind
 
     def size(self, shard: Path) -> int:
         """Return the bytes of a shard when it is cast."""
         return sum(
-            storage.WIDTHS[self.kind(name, place)] * math.prod(place.shape)
-            for name, place in storage.header(shard).items()
+            tensorfile.WIDTHS[self.kind(name, place)] * math.prod(place.shape)
+            for name, place in tensorfile.header(shard).items()
         )
 
     def once(self, source: Path, target: Path) -> Loss:
@@ -164,23 +176,23 @@ class Merge:
         if not written(target):
             loss = self.shard(source, target)
             size = target.stat().st_size
-            manifest.write_json(record, {"share": loss.share, "tensor": loss.tensor, "size": size})
-        found = manifest.read_json(record)
+            write_json(record, {"share": loss.share, "tensor": loss.tensor, "size": size})
+        found = read_json(record)
         return Loss(found["share"], found["tensor"])
 
     def shard(self, source: Path, target: Path) -> Loss:
         """Write a shard of what is merged; return the largest share of a change that was lost in it."""
         losses: list[Loss] = []
         streams = {
-            name: storage.Stream(
+            name: tensorfile.Stream(
                 self.kind(name, place), place.shape, self.rows(name, source, place, losses)
             )
-            for name, place in storage.header(source).items()
+            for name, place in tensorfile.header(source).items()
         }
-        storage.write(target, streams, storage.metadata(source))
+        tensorfile.write(target, streams, tensorfile.metadata(source))
         return max(losses, key=lambda loss: loss.share, default=Loss())
 
-    def rows(self, name: str, file: Path, place: storage.Place, losses: list[Loss]) -> Iterator:
+    def rows(self, name: str, file: Path, place: tensorfile.Place, losses: list[Loss]) -> Iterator:
         """Yield the bytes of a tensor, changed and cast, some rows at a time; put its loss into a list."""
         import torch
 
@@ -189,18 +201,18 @@ class Merge:
             file, place = self.base[name]
             change = self.changes[name]()
         elif kind == place.kind:
-            yield from storage.blocks(file, place)
+            yield from tensorfile.blocks(file, place)
             return
         lost = changed = 0.0
         count, *rest = place.shape or (1,)
         step = max(1, BLOCK // max(1, math.prod(rest)))
         for begin in range(0, count, step):
-            old = storage.torch_rows(file, place, begin, min(step, count - begin))
+            old = tensorfile.torch_rows(file, place, begin, min(step, count - begin))
             wanted = old.float()
             if change:
                 wanted, delta = change(wanted, begin)
                 changed += float(delta.norm()) ** 2
-            new = wanted.to(getattr(torch, storage.TORCH[kind]))
+            new = wanted.to(getattr(torch, tensorfile.TORCH[kind]))
             if kind == "F16" and new.isinf().any() and not wanted.isinf().any():
                 raise UserError(
                     f"{name} has numbers that are too large for fp16; set merge.dtype to bf16 or fp32"
@@ -217,36 +229,36 @@ def copy_index(source: Path, directory: Path) -> None:
     name = "model.safetensors.index.json"
     if not (source / name).is_file():
         return
-    record = manifest.read_json(source / name)
+    record = read_json(source / name)
     places = [
         place
         for shard in directory.glob("*.safetensors")
-        for place in storage.header(shard).values()
+        for place in tensorfile.header(shard).values()
     ]
     record["metadata"] = record.get("metadata", {}) | {"total_size": sum(p.size for p in places)}
-    manifest.write_json(directory / name, record)
+    write_json(directory / name, record)
 
 
 def copy_rest(source: Path, directory: Path, rope: dict, dtype: str | None) -> None:
     """Copy tokenizer and settings beside the weights and write the config with its RoPE."""
-    from longyarn.rope import patched_config
+    from longyarn.rope.record import patched_config
 
     for file in sorted(source.glob("[!.]*")):
         if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, directory / file.name)
-    config = manifest.read_json(source / "config.json")
+    config = read_json(source / "config.json")
     config = patched_config(
         config, rope["rope_parameters"], rope["max_position_embeddings"], rope["full_attention"]
     )
     if dtype:
         config.pop("torch_dtype", None)
-        config["dtype"] = storage.TORCH[KINDS[dtype]]
-    manifest.write_json(directory / "config.json", config)
+        config["dtype"] = tensorfile.TORCH[KINDS[dtype]]
+    write_json(directory / "config.json", config)
     tokenizer = directory / "tokenizer_config.json"
     if tokenizer.is_file():
         record = json.loads(tokenizer.read_text(encoding="utf-8"))
         record["model_max_length"] = rope["max_position_embeddings"]
-        manifest.write_json(tokenizer, record)
+        write_json(tokenizer, record)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 import passkey
-from longyarn import manifest, prefixes
-from longyarn.cli import UserError, program
-from longyarn.documents import read_shards
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import new_directory, write_json
+from longyarn.data.documents import read_shards
+from longyarn.evaluation import shared_prefixes
 
 WINDOW = 512
 VOCABULARY = 2048
@@ -449,7 +450,7 @@ def measure(model, tokenizer, held_out: np.ndarray) -> dict:
     perplexities = {
         str(length): round(perplexity(model, held_out, length), 2) for length in (WINDOW, 4096)
     }
-    reader, retrieved = prefixes.Reader(model), {}
+    reader, retrieved = shared_prefixes.Reader(model), {}
     filler = passkey.read_haystack(tokenizer, None)
     for digits, length in itertools.product(PROBE_DIGITS, PROBE_LENGTHS):
         hits: list[bool] = []
@@ -480,10 +481,10 @@ def perplexity(model, tokens: np.ndarray, length: int) -> float:
 
 def save(output: Path, model, tokenizer, record: dict) -> None:
     """Write the model's directory beside its place, then move it there."""
-    with manifest.new_directory(output) as fresh:
+    with new_directory(output) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        manifest.write_json(fresh / "training.json", record)
+        write_json(fresh / "training.json", record)
         (fresh / "README.md").write_text(model_card(record), encoding="utf-8")
         for path in fresh.iterdir():
             path.chmod(0o644)

@@ -14,9 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from longyarn import batches, manifest, packing, storage
-from longyarn.cli import UserError, program, require_space, token_progress
-from longyarn.tokens import TRAINING, Tokens
+from longyarn.config import derived
+from longyarn.core import manifest, tensorfile
+from longyarn.core.console import token_progress
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import new_directory, require_space
+from longyarn.data import packing
+from longyarn.data.token_store import TRAINING, Tokens
 
 
 def main() -> None:
@@ -71,11 +75,11 @@ def main() -> None:
         ),
         whole=tokens.conversations[training],
     )
-    batches.require_enough(len(plan), length, arguments.read, arguments.allow_repeats)
+    derived.require_enough(len(plan), length, arguments.read, arguments.allow_repeats)
     width = tokens.dtype.itemsize + bool(tokens.conversations.any())
     require_space(arguments.output.parent, len(plan) * length * width, "the packed sequences")
     numbers = np.append(training, packing.PADDING)  # padding's -1 takes the last
-    with manifest.new_directory(arguments.output) as directory:
+    with new_directory(arguments.output) as directory:
         scored = write(directory / "pack.safetensors", plan, tokens, numbers, length)
     manifest.write(
         arguments.manifest,
@@ -145,12 +149,12 @@ def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, l
                 ]
             )
 
-    kind = storage.KINDS[tokens.dtype]
+    kind = tensorfile.KINDS[tokens.dtype]
     tensors = {
         "piece_lengths": pieces.length.astype(np.int32),
         "piece_documents": documents.astype(np.int32),
         "piece_offsets": plan.offsets.astype(np.int64),
-        "input_ids": storage.Stream(kind, shape, rows("tokens", tokens.dtype, "pack")),
+        "input_ids": tensorfile.Stream(kind, shape, rows("tokens", tokens.dtype, "pack")),
     }
     scored = plan.real.tokens
     if tokens.conversations.any():
@@ -163,8 +167,8 @@ def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, l
                 yield mask
 
         masks = counted(rows("scored", np.dtype(bool), "pack: what is scored"))
-        tensors["scored"] = storage.Stream("BOOL", shape, masks)
-    storage.write(path, tensors)
+        tensors["scored"] = tensorfile.Stream("BOOL", shape, masks)
+    tensorfile.write(path, tensors)
     return scored
 
 

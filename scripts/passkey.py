@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from longyarn import evaluation, manifest, models, prefixes, statistics
-from longyarn.cli import UserError, first_line, program, progress
+from longyarn.core import manifest
+from longyarn.core.console import progress
+from longyarn.core.errors import UserError, first_line, program
+from longyarn.evaluation import intervals, shared_prefixes, variant_model
+from longyarn.models import loading
 
 PREFIX = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -40,7 +43,7 @@ TOKENS_AT_ONCE = 16384  # tokens of prompts that are read together; one prompt m
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    evaluation.add_model_arguments(parser)
+    variant_model.add_model_arguments(parser)
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="prompt lengths")
     parser.add_argument("--depths", type=float, nargs="+", required=True, help="0 start, 1 end")
     parser.add_argument("--trials", type=int, required=True, help="keys in each cell")
@@ -49,8 +52,8 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=1, help="keys in a prompt, one asked for")
     parser.add_argument("--haystack", type=Path, help="text that hides them; default: the filler")
     arguments = parser.parse_args()
-    tokenizer = models.load_tokenizer(
-        evaluation.model_directory(arguments),
+    tokenizer = loading.load_tokenizer(
+        variant_model.model_directory(arguments),
         manifest.read_facts(arguments.model)["trust_remote_code"],
     )
     haystack = read_haystack(tokenizer, arguments.haystack)
@@ -63,7 +66,7 @@ def main() -> None:
         cell: [prompt(tokenizer, needles, *cell, haystack) for needles in draw_needles(*how, *cell)]
         for cell in cells
     }
-    reader = prefixes.Reader(evaluation.load(arguments))
+    reader = shared_prefixes.Reader(variant_model.load(arguments))
     if reader.obstacle:
         print(f"passkey: each prompt is read whole: {reader.obstacle}", file=sys.stderr)
     found: dict[tuple, list[bool]] = {cell: [] for cell in cells}
@@ -72,14 +75,14 @@ def main() -> None:
         found[cell] += retrieved(reader, batch)
     grid: dict[str, dict[str, dict]] = {}
     for (length, depth), hits in found.items():
-        low, high = statistics.wilson(sum(hits), len(hits))
+        low, high = intervals.wilson(sum(hits), len(hits))
         grid.setdefault(str(length), {})[f"{depth:g}"] = {
             "successes": sum(hits),
             "trials": len(hits),
             "low": low,
             "high": high,
         }
-    evaluation.write(
+    variant_model.write(
         arguments,
         script=Path(__file__),
         settings={
@@ -209,8 +212,9 @@ def fitting(haystack: list[list[int]], room: int) -> list[list[int]]:
 def in_order(prompts: dict[tuple, list[tuple[list[int], int]]]) -> list[tuple[tuple, list]]:
     """Return each batch with its cell, those that begin alike beside each other.
 
-    In the order of their tokens, what several share is read once (longyarn/prefixes.py): the trials of
-    a cell share all that stands before the key, and the same filler begins the cells of every length.
+    In the order of their tokens, what several prompts share is read once
+    (longyarn/evaluation/shared_prefixes.py): the trials of a cell share all that stands before the key, and
+    the same filler begins the cells of every length.
     """
     found = [(cell, batch) for cell, trials in prompts.items() for batch in batches(trials)]
     return sorted(found, key=lambda entry: entry[1][0][0])
@@ -235,7 +239,7 @@ def batches(prompts: list[tuple[list[int], int]]) -> list[list[tuple[list[int], 
     return groups
 
 
-def retrieved(reader: prefixes.Reader, batch: list[tuple[list[int], int]]) -> list[bool]:
+def retrieved(reader: shared_prefixes.Reader, batch: list[tuple[list[int], int]]) -> list[bool]:
     """Return for each prompt whether greedy decoding would give the answer."""
     import torch
 

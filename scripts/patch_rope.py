@@ -11,8 +11,14 @@ import json
 import sys
 from pathlib import Path
 
-from longyarn import manifest, models, rope
-from longyarn.cli import UserError, first_line, program
+from longyarn.core import manifest
+from longyarn.core.errors import UserError, first_line, program
+from longyarn.core.files import new_directory, read_json, write_json
+from longyarn.models import loading
+from longyarn.rope.extend import extend
+from longyarn.rope.frequencies import inverse_frequencies, ramp_limits
+from longyarn.rope.parameters import check_parameters
+from longyarn.rope.record import patched_config
 
 
 def main() -> None:
@@ -37,7 +43,7 @@ def main() -> None:
         original = settings["original_max_position_embeddings"] or config.max_position_embeddings
         settings["target_length"] = round(settings["factor"] * original)
     own = dict(config.rope_parameters)
-    rope.check_parameters(own)
+    check_parameters(own)
     own.pop("type", None)
     rotary_dim = rotary_dimensions(config)
     replaced, full_attention = None, False
@@ -46,7 +52,7 @@ def main() -> None:
         length = original = config.max_position_embeddings
     else:
         full_attention = lifts_window(config, settings["target_length"], window)
-        parameters, factor, original = rope.extend(
+        parameters, factor, original = extend(
             own,
             max_position_embeddings=config.max_position_embeddings,
             rotary_dim=rotary_dim,
@@ -56,15 +62,15 @@ def main() -> None:
         if own["rope_type"] != "default":
             replaced = own
     tell(method, replaced, full_attention, config)
-    frequencies, attention_factor = rope.inverse_frequencies(parameters, rotary_dim)
-    raw = manifest.read_json(model_directory / "config.json")
-    patched = rope.patched_config(raw, parameters, length, full_attention)
+    frequencies, attention_factor = inverse_frequencies(parameters, rotary_dim)
+    raw = read_json(model_directory / "config.json")
+    patched = patched_config(raw, parameters, length, full_attention)
     check_it_is_taken(type(config), patched, method)
 
     files = []
-    with manifest.new_directory(arguments.output) as directory:
+    with new_directory(arguments.output) as directory:
         if write:
-            manifest.write_json(directory / "config.json", patched)
+            write_json(directory / "config.json", patched)
             files.append("config.json")
     facts = {
         "method": method,
@@ -77,8 +83,8 @@ def main() -> None:
         "rotary_dim": rotary_dim,
         "attention_factor": attention_factor,
         "inverse_frequencies": frequencies.tolist(),
-        "base_inverse_frequencies": rope.inverse_frequencies(own, rotary_dim)[0].tolist(),
-        "ramp_limits": rope.ramp_limits(parameters, rotary_dim) if method == "yarn" else None,
+        "base_inverse_frequencies": inverse_frequencies(own, rotary_dim)[0].tolist(),
+        "ramp_limits": ramp_limits(parameters, rotary_dim) if method == "yarn" else None,
     }
     manifest.write(
         arguments.manifest,
@@ -89,7 +95,7 @@ def main() -> None:
         facts=facts,
     )
     # Read back what was written, as every later stage will: transformers fills in silent defaults.
-    models.load_config(model_directory, arguments.manifest, trust)
+    loading.load_config(model_directory, arguments.manifest, trust)
 
 
 def read_base(model_directory: Path, trust_remote_code: bool):

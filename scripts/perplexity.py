@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from longyarn import evaluation, models, statistics
-from longyarn.cli import UserError, program
-from longyarn.tokens import held_out_documents
-from longyarn.windows import window_losses
+from longyarn.core.errors import UserError, program
+from longyarn.data.token_store import held_out_documents
+from longyarn.evaluation import intervals, variant_model
+from longyarn.evaluation.window_losses import window_losses
+from longyarn.models.logits import check_logits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    evaluation.add_model_arguments(parser)
+    variant_model.add_model_arguments(parser)
     parser.add_argument("--tokens", type=Path, required=True, help="manifest of the tokens")
     parser.add_argument(
         "--settings", type=json.loads, required=True,
@@ -42,8 +43,8 @@ def main() -> None:
             f"{longest} tokens and are left out: {', '.join(too_short)}",
             file=sys.stderr,
         )
-    model = evaluation.load(arguments)
-    models.check_logits(model)
+    model = variant_model.load(arguments)
+    check_logits(model)
 
     def losses(texts: dict[str, np.ndarray], length: int, stride: int | None = None) -> dict:
         label = f"perplexity of {arguments.variant} at {length}"
@@ -56,7 +57,7 @@ def main() -> None:
         return found
 
     facts = measure(losses, documents, kept, settings) | {"too_short": too_short}
-    evaluation.write(
+    variant_model.write(
         arguments,
         script=Path(__file__),
         settings=settings,
@@ -140,7 +141,7 @@ def truncate(whole: dict[str, list[np.ndarray]], lengths: list[int]) -> dict[str
     """Return the figure of each document's first window, by the window's length.
 
     ``whole`` has the losses of windows of the longest length. The model is causal and its RoPE does not
-    change with the length (longyarn.rope refuses any that does), so a token's loss is the same in every
+    change with the length (longyarn.rope.parameters refuses any that does), so a token's loss is the same in every
     window that begins where this one does, and no length needs a pass of its own.
     """
     return {
@@ -187,7 +188,7 @@ def figure(scored: dict[str, list[np.ndarray]]) -> dict:
     """
     losses = {name: float(np.concatenate(parts).sum()) for name, parts in scored.items()}
     tokens = np.asarray([sum(map(len, parts)) for parts in scored.values()])
-    value, low, high = statistics.bootstrap_perplexity(np.asarray(list(losses.values())), tokens)
+    value, low, high = intervals.bootstrap_perplexity(np.asarray(list(losses.values())), tokens)
     means = [part.mean() for parts in scored.values() for part in parts if len(part)]
     return {
         "value": value, "low": low, "high": high, "window_mean": math.exp(np.mean(means)),

@@ -17,9 +17,12 @@ from pathlib import Path
 
 import yaml
 
-from longyarn import batches, estimate, requests, shapes
-from longyarn.cli import UserError, first_line, program
-from longyarn.config import check, complete, instruments, phases
+from longyarn.cluster import estimate, job_resources, model_shapes
+from longyarn.config import derived
+from longyarn.config.checks import check, instruments
+from longyarn.config.load import complete
+from longyarn.config.phases import phases
+from longyarn.core.errors import UserError, first_line, program
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_PROFILE = Path("profiles/slurm")
@@ -60,7 +63,7 @@ def layered(*files: Path) -> dict:
     for file in (ROOT / "config.yaml", *files):
         update_config(config, mapping(file))
     config = complete(config, ROOT / "schemas" / "config.schema.yaml")
-    requests.check(config)
+    job_resources.check(config)
     return config
 
 
@@ -85,9 +88,9 @@ def mapping(file: Path) -> dict:
     return said or {}
 
 
-def shape_of(config: dict) -> shapes.Shape:
+def shape_of(config: dict) -> model_shapes.Shape:
     """Return the model's shape, or refuse: without it nothing can be planned."""
-    shape = shapes.find(config)
+    shape = model_shapes.find(config)
     if shape is None:
         raise UserError(
             f"the shape of {config['model']['source']} is unknown, so nothing can be planned; set "
@@ -125,7 +128,7 @@ def memory(config: dict, parts: dict[str, float], on_gpu: bool) -> list[str]:
     """Return the lines on the memory of training, by part in bytes."""
     lines = [f"Memory of each {'GPU' if on_gpu else 'process'} in training, GiB"]
     lines += [f"  {name:20}{size / estimate.GIB:9.2f}" for name, size in parts.items() if size]
-    room = f" of {requests.gpu(config)['gib']:g}" if on_gpu else ", and the libraries' 0.5"
+    room = f" of {job_resources.gpu(config)['gib']:g}" if on_gpu else ", and the libraries' 0.5"
     return [*lines, f"  {'most at once':20}{estimate.peak(parts) / estimate.GIB:9.2f}{room}"]
 
 
@@ -136,12 +139,12 @@ def tokens_of(config: dict) -> str:
         return f"none: {training['source']} was trained elsewhere"
     if tokens is None:
         return "as many as the corpus gives: state mix.token_budget to plan them"
-    length = batches.sequence_length(config)
+    length = derived.sequence_length(config)
     steps = training["steps"] or tokens // length // training["batch_size"]
     return f"{tokens:,}: {steps} steps × {training['batch_size']} sequences × {length}"
 
 
-def written_to_disk(shape: shapes.Shape, config: dict) -> Counter:
+def written_to_disk(shape: model_shapes.Shape, config: dict) -> Counter:
     """Return bytes on disk by part; each phase packs, trains and merges anew."""
     written = Counter(estimate.disk(shape, config))
     for name, phase in phases(config).items():
@@ -158,17 +161,17 @@ def hardware(config: dict) -> str:
     if not training["gpus"]:
         return (
             f"{machines} without GPU, {training['threads']} thread(s) at "
-            f"{requests.CPU_RATE / 1e9:.0f} GFLOP/s, as in our default run on an AMD EPYC"
+            f"{job_resources.CPU_RATE / 1e9:.0f} GFLOP/s, as in our default run on an AMD EPYC"
         )
     share = config["hardware"]["utilisation"]
-    peak = requests.gpu(config)["tflops"][training["precision"]]
+    peak = job_resources.gpu(config)["tflops"][training["precision"]]
     return (
         f"{machines} × {training['gpus']} × {config['hardware']['gpu']}, at {share:.0%} of "
         f"{peak:g} TFLOP/s in {training['precision']}"
     )
 
 
-def hours(config: dict, shape: shapes.Shape) -> list[str]:
+def hours(config: dict, shape: model_shapes.Shape) -> list[str]:
     """Return the lines on arithmetic and hours."""
     lines = [f"{'Arithmetic and time':22}{'FLOP':>10}{'hours':>10}{'GPU-hours':>12}"]
     gpus, variants = config["training"]["gpus"], len(config["evaluation"]["variants"])
@@ -177,13 +180,13 @@ def hours(config: dict, shape: shapes.Shape) -> list[str]:
         if tokens is None:
             continue
         flops = estimate.training_flops(shape, estimate.Setup.of(phase), tokens)
-        took = requests.training_hours(phase, shape)
-        paid = took * batches.processes(phase["training"]) if gpus else 0
+        took = job_resources.training_hours(phase, shape)
+        paid = took * derived.processes(phase["training"]) if gpus else 0
         lines.append(f"  {f'{name}train':20}{flops:10.1e}{took:10.2f}{paid:12.1f}")
     for instrument in instruments(config["evaluation"]):
         flops = estimate.evaluation_flops(shape, config, instrument) * variants
-        took = requests.evaluation_hours(config, shape, instrument) * variants
-        paid = took * requests.evaluation_gpus(config, shape)
+        took = job_resources.evaluation_hours(config, shape, instrument) * variants
+        paid = took * job_resources.evaluation_gpus(config, shape)
         name = f"{instrument} × {variants}"
         lines.append(f"  {name:20}{flops:10.1e}{took:10.2f}{paid:12.1f}")
     return lines
@@ -192,14 +195,14 @@ def hours(config: dict, shape: shapes.Shape) -> list[str]:
 def lacking(config: dict) -> float:
     """Return the GiB that training needs of each GPU beyond what that has; negative where it fits."""
     parts = estimate.memory(shape_of(config), estimate.Setup.of(config))
-    return estimate.peak(parts) / estimate.GIB - requests.gpu(config)["gib"]
+    return estimate.peak(parts) / estimate.GIB - job_resources.gpu(config)["gib"]
 
 
 def check_fit(config: dict) -> None:
     """Refuse a plan whose training or evaluation is too large for its GPUs; say what would fit."""
     if not config["training"]["gpus"]:
         return
-    name, size = config["hardware"]["gpu"], requests.gpu(config)["gib"]
+    name, size = config["hardware"]["gpu"], job_resources.gpu(config)["gib"]
     if lacking(config) > 0 and not config["training"]["source"]:
         parts = estimate.memory(shape_of(config), estimate.Setup.of(config))
         most = max(parts, key=parts.get)
@@ -213,8 +216,8 @@ def check_fit(config: dict) -> None:
                 f"{phase.strip('/')} needs {lacking(settings) + size:.1f} GiB of each GPU, but "
                 f"hardware.gpu {name} has {size:g}; give it settings that need less, as the run itself has"
             )
-    count = requests.evaluation_gpus(config, shape_of(config))
-    need = requests.evaluation_memory(config, shape_of(config), count) / estimate.GIB
+    count = job_resources.evaluation_gpus(config, shape_of(config))
+    need = job_resources.evaluation_memory(config, shape_of(config), count) / estimate.GIB
     if need > size:
         raise UserError(
             f"evaluation needs {need:.1f} GiB of each of {count} GPUs, but hardware.gpu {name} has "
@@ -245,7 +248,7 @@ def advice(config: dict) -> str:
         for key, value in stated.items()
         if at(config, key) != value
     )
-    fits = lacking(changed) + requests.gpu(changed)["gib"]
+    fits = lacking(changed) + job_resources.gpu(changed)["gib"]
     return f"it would fit, in {fits:.1f} GiB, with {words}"
 
 
@@ -257,7 +260,7 @@ def remedies(config: dict) -> list[dict]:
         {"training.loss": "chunked"},
         {"training.micro_batch_size": 1},
     ]
-    if "bf16" in requests.gpu(config)["tflops"]:
+    if "bf16" in job_resources.gpu(config)["tflops"]:
         # FlashAttention needs the same GPUs as bf16 does, and does not compute in fp32.
         kernels = [{"training.attention": "flash_attention_2"}, {"training.precision": "bf16"}]
         found += reversed(kernels) if training["precision"] == "fp32" else kernels
@@ -279,8 +282,9 @@ def remedies(config: dict) -> list[dict]:
     found.append({"training.offload": "all", "training.zero_stage": 3})
     larger = {
         entry["gib"]: name
-        for name, entry in requests.known_gpus().items()
-        if entry["gib"] > requests.gpu(config)["gib"] and training["precision"] in entry["tflops"]
+        for name, entry in job_resources.known_gpus().items()
+        if entry["gib"] > job_resources.gpu(config)["gib"]
+        and training["precision"] in entry["tflops"]
     }
     found += [{"hardware.gpu": larger[size]} for size in sorted(larger)]
     found.append({"training.mode": "lora"})
@@ -315,7 +319,7 @@ def apply(config: dict, changes: list[dict]) -> dict | None:
         at(changed, section)[name] = value
     try:
         check(changed)
-        requests.check(changed)
+        job_resources.check(changed)
     except UserError:
         return None
     return changed
@@ -340,15 +344,15 @@ def submissions(config: dict, profile: Path) -> list[tuple[str, str]]:
         lines = str(error).partition("\nWildcards:")[0].splitlines()
         said = [line.strip() for line in lines if not line.endswith(":")]
         raise refused(profile, " ".join(said).rstrip(".")) from None
-    count = Counter(map(requests.job_name, every))
+    count = Counter(map(job_resources.job_name, every))
     for job in every:
-        name = requests.job_name(job)
+        name = job_resources.job_name(job)
         name = f"{name} × {count[name]}".removesuffix(" × 1")
         if job.rule.name in local:
             found[name] = "runs where Snakemake runs, on the login node"
             continue
         account, partition = (job.resources.get(f"slurm_{k}") for k in ("account", "partition"))
-        call = requests.sbatch_call(
+        call = job_resources.sbatch_call(
             job,
             settings,
             run_uuid="RUN",

@@ -13,15 +13,23 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from longyarn import crate, current, manifest, runs, seal, sweep
-from longyarn.cli import UserError, program
+from longyarn.config import sweep_cells
+from longyarn.core import manifest, run_directory, superseded
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import new_directory, read_json, sha256, write_json, write_text
+from longyarn.provenance import checksums, ro_crate
 
 # What a run reads, and what a person needs to know of it; those that are there.
 PARTS = (
     "Snakefile", "config.yaml", "Makefile", "README.md", "README.zh.md", "LICENSE", "CITATION.cff",
     "rules", "scripts", "schemas", "resources", "profiles", "presets", "containers", "envs",
 )  # fmt: skip
-WRITTEN = (runs.CONFIG, runs.CRATE, runs.PROVENANCE, runs.OWN_RECORD)
+WRITTEN = (
+    run_directory.CONFIG,
+    run_directory.CRATE,
+    run_directory.PROVENANCE,
+    run_directory.OWN_RECORD,
+)
 
 
 def main() -> None:
@@ -34,41 +42,43 @@ def main() -> None:
     arguments = parser.parse_args()
     run = arguments.seal.parent
 
-    names = runs.to_seal(runs.everything(run))
+    names = run_directory.to_seal(run_directory.everything(run))
     names = [name for name in names if name not in WRITTEN and not is_workflow(name)]
-    manifests = runs.manifests(run, names)
-    hashes = seal.hashes(run, names, "hash, bytes")
+    manifests = run_directory.manifests(run, names)
+    hashes = checksums.hashes(run, names, "hash, bytes")
     check(run, hashes, manifests)
-    report = manifest.read_json(run / runs.REPORT)
-    for name in current.outdated(manifests, hashes, report):
-        print(f"provenance: {current.said(run, name)}", file=sys.stderr)
+    report = read_json(run / run_directory.REPORT)
+    for name in superseded.outdated(manifests, hashes, report):
+        print(f"provenance: {superseded.said(run, name)}", file=sys.stderr)
 
     # From here on the run is not sealed until it is again.
     arguments.seal.unlink(missing_ok=True)
-    with manifest.new_directory(run / runs.WORKFLOW) as directory:
+    with new_directory(run / run_directory.WORKFLOW) as directory:
         copy_workflow(Path(__file__).resolve().parents[1], directory)
     text = yaml.safe_dump(arguments.settings, sort_keys=False, allow_unicode=True)
-    manifest.write_text(run / runs.CONFIG, text)
+    write_text(run / run_directory.CONFIG, text)
 
-    workflow = [name for name in runs.to_seal(runs.everything(run)) if is_workflow(name)]
-    hashes |= seal.hashes(run, [runs.CONFIG, *workflow], "hash, bytes")
-    images = {image.name: manifest.sha256(image) for image in arguments.images if image.is_file()}
-    manifest.write_json(run / runs.CRATE, crate.build(run, hashes, manifests, images))
-    for note in runs.other_code(manifests, run / runs.WORKFLOW):
+    workflow = [
+        name for name in run_directory.to_seal(run_directory.everything(run)) if is_workflow(name)
+    ]
+    hashes |= checksums.hashes(run, [run_directory.CONFIG, *workflow], "hash, bytes")
+    images = {image.name: sha256(image) for image in arguments.images if image.is_file()}
+    write_json(run / run_directory.CRATE, ro_crate.build(run, hashes, manifests, images))
+    for note in run_directory.other_code(manifests, run / run_directory.WORKFLOW):
         print(f"provenance: {note}", file=sys.stderr)
     manifest.write(
-        run / runs.PROVENANCE,
+        run / run_directory.PROVENANCE,
         script=Path(__file__),
         settings={},
         inputs={name: run / name for name in manifests},
-        files=[run / name for name in (runs.CONFIG, runs.CRATE, *workflow)],
+        files=[run / name for name in (run_directory.CONFIG, run_directory.CRATE, *workflow)],
         facts={"files": len(hashes), "manifests": len(manifests)},
     )
-    own = [runs.CRATE, runs.PROVENANCE, runs.OWN_RECORD]
+    own = [run_directory.CRATE, run_directory.PROVENANCE, run_directory.OWN_RECORD]
     own = [name for name in own if (run / name).is_file()]
-    hashes |= seal.hashes(run, own, "hash, bytes")
+    hashes |= checksums.hashes(run, own, "hash, bytes")
     # Last: with it the run is sealed.
-    manifest.write_text(arguments.seal, seal.render(hashes))
+    write_text(arguments.seal, checksums.render(hashes))
     print(f"provenance: {len(hashes)} files are sealed in {arguments.seal}", file=sys.stderr)
 
 
@@ -84,13 +94,13 @@ def copy_workflow(root: Path, directory: Path) -> None:
 
 def is_workflow(name: str) -> bool:
     """Tell whether a file is of the copy of the workflow."""
-    return name.startswith(f"{runs.WORKFLOW}/")
+    return name.startswith(f"{run_directory.WORKFLOW}/")
 
 
 def check(run: Path, hashes: dict[str, str], manifests: dict[str, dict]) -> None:
     """Stop where a file is not what its manifest lists: it changed since its stage wrote it."""
     for name, one in manifests.items():
-        for file, entry in runs.payload(name, one).items():
+        for file, entry in run_directory.payload(name, one).items():
             if file in hashes and hashes[file] != entry["sha256"]:
                 raise UserError(
                     f"{run / file} is not what {one['stage']} wrote, by {run / name}; {mend(run, name)}"
@@ -102,7 +112,7 @@ def mend(run: Path, name: str) -> str:
     top = PurePosixPath(name).parts[0]
     if top.startswith("step-"):
         return f"delete {run / top}, which nothing needs, and run again"
-    if top == sweep.DIRECTORY:
+    if top == sweep_cells.DIRECTORY:
         return f"delete {run / name} and run `snakemake sweep`, so that both are made anew"
     return f"delete {run / name} and run again, so that both are made anew"
 

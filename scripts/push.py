@@ -10,8 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from longyarn import hub, manifest
-from longyarn.cli import UserError, first_line, program
+from longyarn.core import manifest
+from longyarn.core.errors import UserError, first_line, program
+from longyarn.core.files import sha256
+from longyarn.models import hub
 
 # Of an earlier push: weights that are not part of this model any more would be found beside it.
 STALE = (".safetensors", ".safetensors.index.json")
@@ -107,7 +109,7 @@ def same(found, directory: Path, entry: dict) -> bool:
     if found.lfs:
         return found.lfs.sha256 == entry["sha256"]
     file = directory / found.rfilename
-    return manifest.sha256(file) == entry["sha256"] and hub.is_as_recorded(file, found)
+    return sha256(file) == entry["sha256"] and hub.is_as_recorded(file, found)
 
 
 @contextlib.contextmanager

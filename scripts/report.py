@@ -10,10 +10,13 @@ import json
 import math
 from pathlib import Path
 
-from longyarn import comparisons, figures, manifest, verdict
-from longyarn.chain import STAGES, chain, parts, phases_of
-from longyarn.cli import UserError, program
-from longyarn.evaluation import INSTRUMENTS
+from longyarn.core import job_record, manifest
+from longyarn.core.code_hash import code_hash
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import new_directory, read_json, sha256, write_json, write_text
+from longyarn.core.lineage import STAGES, chain, parts, phases_of
+from longyarn.evaluation.variant_model import INSTRUMENTS
+from longyarn.reporting import comparisons, figures, verdict
 
 
 def main() -> None:
@@ -51,17 +54,17 @@ def main() -> None:
     if f"patch_rope.{arguments.trained_rope}" not in paths:
         raise UserError(f"--rope lacks the trained variant {arguments.trained_rope!r}; add it")
     manifests = {job: read_stage(path, job) for job, path in paths.items()}
-    hashes = {job: manifest.sha256(path) for job, path in paths.items()}
+    hashes = {job: sha256(path) for job, path in paths.items()}
     report = assemble(manifests, hashes, arguments.trained_rope, arguments.thresholds)
     report["model"]["disclosure"] = arguments.disclosure or None
     # Without training here, a time of training is of an earlier run.
     timed = [job for job in manifests if job != "train" or manifests[job]["stage"] == "train"]
     report["timings"] = timings(arguments.benchmarks, timed)
-    with manifest.new_directory(arguments.figures) as directory:
+    with new_directory(arguments.figures) as directory:
         images = figures.write(report, directory)
-    manifest.write_environment(arguments.json)
-    manifest.write_json(arguments.json, report)
-    manifest.write_text(arguments.html, page(arguments.template, report, images))
+    job_record.write_environment(arguments.json)
+    write_json(arguments.json, report)
+    write_text(arguments.html, page(arguments.template, report, images))
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -75,9 +78,7 @@ def named(text: str) -> tuple[str, Path]:
 def jobs(arguments: argparse.Namespace) -> dict[str, Path]:
     """Return each job's manifest; a job is a stage, or stage.variant, as its log is named."""
     paths = {stage: getattr(arguments, name) for name, stage in STAGES.items()}
-    paths |= {
-        f"{manifest.read_json(path)['stage']}.{variant}": path for variant, path in arguments.models
-    }
+    paths |= {f"{read_json(path)['stage']}.{variant}": path for variant, path in arguments.models}
     paths |= {f"patch_rope.{variant}": path for variant, path in arguments.rope}
     for stage in INSTRUMENTS:
         paths |= {f"{stage}.{variant}": path for variant, path in getattr(arguments, stage)}
@@ -253,7 +254,7 @@ def code(manifests: dict[str, dict]) -> dict[str, str]:
     found: dict[str, str] = {}
     for job, entry in manifests.items():
         found.setdefault(job.partition(".")[0], entry["code"])
-    return found | {"report": manifest.code_hash(Path(__file__))}
+    return found | {"report": code_hash(Path(__file__))}
 
 
 def disagreements(manifests: dict[str, dict]) -> list[str]:

@@ -15,9 +15,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import report
-from longyarn import comparisons, figures, manifest, sweep, verdict
-from longyarn.cli import UserError, program
-from longyarn.verdict import between, percent, significant
+from longyarn.config import sweep_cells
+from longyarn.core import job_record, manifest
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import write_json, write_text
+from longyarn.reporting import comparisons, figures, verdict
+from longyarn.reporting.verdict import between, percent, significant
 
 DEFAULT = "default"
 STAGES = ("train", "perplexity", "passkey")
@@ -52,16 +55,16 @@ def main() -> None:
         for stage in STAGES
     }
     found = assemble(changes, manifest.read_facts(arguments.rope), facts, arguments.benchmarks)
-    manifest.write_environment(arguments.json)
-    manifest.write_json(arguments.json, found)
-    manifest.write_text(arguments.page, page(found, arguments.png.name))
+    job_record.write_environment(arguments.json)
+    write_json(arguments.json, found)
+    write_text(arguments.page, page(found, arguments.png.name))
     draw(found, arguments.png, arguments.svg)
     print(found["sentence"], file=sys.stderr)
 
 
 def name_of(changes: dict) -> str:
     """Return a cell's name: the last part of its directory."""
-    return Path(sweep.directory(changes)).name or DEFAULT
+    return Path(sweep_cells.directory(changes)).name or DEFAULT
 
 
 def assemble(changes: dict[str, dict], rope: dict, facts: dict, benchmarks: Path) -> dict:
@@ -69,7 +72,7 @@ def assemble(changes: dict[str, dict], rope: dict, facts: dict, benchmarks: Path
 
     ``facts`` are those of each cell by stage; ``benchmarks`` has the timings of jobs, named by directory.
     """
-    trained = {name: f"{sweep.directory(cell)}train" for name, cell in changes.items()}
+    trained = {name: f"{sweep_cells.directory(cell)}train" for name, cell in changes.items()}
     shown = verdict.Figures(
         original=rope["original_max_position_embeddings"],
         target=rope["max_position_embeddings"],
@@ -120,7 +123,7 @@ def spread(cells: dict[str, dict], shown: verdict.Figures) -> dict | None:
     The default is one of them. ``deviation`` is the standard deviation of the sample (n − 1). None where
     the sweep has no other seed.
     """
-    names = [name for name, cell in cells.items() if sweep.is_of_seeds(cell["changes"])]
+    names = [name for name, cell in cells.items() if sweep_cells.is_of_seeds(cell["changes"])]
     if len(names) < 2:
         return None
     found: dict = {"cells": names}

@@ -3,7 +3,7 @@
 Each document begins with the tokenizer's bos token and ends with its eos token, where it has them. The
 payload is ``tokens-*.safetensors``, the tokens of a part of the corpus each, and ``index.safetensors``,
 which says what each document is for. A finished part is kept in a work directory, so that a run that was
-killed goes on where it stood. scripts/longyarn/tokens.py reads all this.
+killed goes on where it stood. scripts/longyarn/data/token_store.py reads all this.
 """
 
 import argparse
@@ -20,10 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from longyarn import attempts, chat, documents, manifest, models, storage, tokenising
-from longyarn.cli import UserError, program, token_progress
-from longyarn.links import link_or_copy
-from longyarn.tokens import DUPLICATE, HELD_OUT, INDEX, TRAINING
+from longyarn.core import attempts, manifest, tensorfile
+from longyarn.core.code_hash import code_hash
+from longyarn.core.console import token_progress
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import link_or_copy, new_directory, sha256, write_text
+from longyarn.data import chat_templates, documents, token_workers
+from longyarn.data.token_store import DUPLICATE, HELD_OUT, INDEX, TRAINING
+from longyarn.models import loading
 
 SHOWN = 20  # ids in the manifest of duplicates that were dropped
 
@@ -46,7 +50,7 @@ def main() -> None:
 
     base = manifest.read(arguments.base)["facts"]
     shards = documents.shard_paths(arguments.corpus)
-    template = arguments.chat_template and chat.load(arguments.chat_template)
+    template = arguments.chat_template and chat_templates.load(arguments.chat_template)
     model = arguments.base.parent / base["directory"]
     settings = {
         "chat_template": arguments.chat_template,
@@ -57,12 +61,12 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     attempts.record(work, identity(arguments, template))
     tokenizer = prepare(model, base["trust_remote_code"], template, work)
-    units = tokenising.units(shards, work)
+    units = token_workers.units(shards, work)
     tokenise(units, tokenizer, arguments.workers)
 
     index, facts = make_index(units, arguments.held_out, arguments.held_out_documents)
-    with manifest.new_directory(arguments.output) as directory:
-        storage.write(directory / INDEX, index)
+    with new_directory(arguments.output) as directory:
+        tensorfile.write(directory / INDEX, index)
         for unit in units:
             link_or_copy(unit.output, directory / unit.output.name)
     manifest.write(
@@ -80,18 +84,18 @@ def identity(arguments: argparse.Namespace, template: str | None) -> dict:
     """Return what defines the tokens, and the run, whose attempts share a work directory."""
     return {
         "run": str(arguments.manifest),
-        "code": manifest.code_hash(Path(__file__)),
+        "code": code_hash(Path(__file__)),
         "chat_template": template,
-        "base": manifest.sha256(arguments.base),
-        "corpus": manifest.sha256(arguments.corpus),
+        "base": sha256(arguments.base),
+        "corpus": sha256(arguments.corpus),
     }
 
 
 def prepare(
     model: Path, trust_remote_code: bool, template: str | None, work: Path
-) -> tokenising.Tokenizer:
+) -> token_workers.Tokenizer:
     """Check the model's tokenizer and return what workers need of it."""
-    tokenizer = models.load_tokenizer(model, trust_remote_code)
+    tokenizer = loading.load_tokenizer(model, trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {model} has no eos token, which ends each document; name one in "
@@ -103,8 +107,8 @@ def prepare(
         )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        manifest.write_text(work / "tokenizer.json", backend.to_str())
-    return tokenising.Tokenizer(
+        write_text(work / "tokenizer.json", backend.to_str())
+    return token_workers.Tokenizer(
         file=None if backend is None else work / "tokenizer.json",
         model=model,
         trust_remote_code=trust_remote_code,
@@ -116,7 +120,9 @@ def prepare(
     )
 
 
-def tokenise(units: list[tokenising.Unit], tokenizer: tokenising.Tokenizer, workers: int) -> None:
+def tokenise(
+    units: list[token_workers.Unit], tokenizer: token_workers.Tokenizer, workers: int
+) -> None:
     """Write the tokens of every unit that is not there yet."""
     pending = [unit for unit in units if not unit.output.is_file()]
     if len(pending) < len(units):
@@ -128,7 +134,7 @@ def tokenise(units: list[tokenising.Unit], tokenizer: tokenising.Tokenizer, work
 
 
 def finished(
-    units: list[tokenising.Unit], tokenizer: tokenising.Tokenizer, workers: int
+    units: list[token_workers.Unit], tokenizer: token_workers.Tokenizer, workers: int
 ) -> Iterator[tuple[int, int]]:
     """Yield what ``Worker.write`` returns for each unit, as processes finish them."""
     if not units:
@@ -137,11 +143,11 @@ def finished(
         min(workers, len(units)),
         # Not a fork: the tokenizers library and torch have threads.
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=tokenising.start,
+        initializer=token_workers.start,
         initargs=(tokenizer,),
     )
     try:
-        jobs = [executor.submit(tokenising.work, unit) for unit in units]
+        jobs = [executor.submit(token_workers.work, unit) for unit in units]
         for job in concurrent.futures.as_completed(jobs):
             yield job.result()
     except BrokenProcessPool:
@@ -154,11 +160,11 @@ def finished(
 
 
 def make_index(
-    units: list[tokenising.Unit], held_out: list[str], held_out_documents: dict[str, int]
+    units: list[token_workers.Unit], held_out: list[str], held_out_documents: dict[str, int]
 ) -> tuple[dict[str, np.ndarray], dict]:
     """Return the tensors of the index (see ``tokens.Tokens``) and the facts of the manifest."""
     stored = [
-        storage.load(unit.output, "lengths", "digests", "ids", "id_lengths", "conversations")
+        tensorfile.load(unit.output, "lengths", "digests", "ids", "id_lengths", "conversations")
         for unit in units
     ]
     lengths = np.concatenate([one["lengths"] for one in stored])

@@ -11,10 +11,16 @@ import argparse
 import os
 from pathlib import Path
 
-from longyarn import adapters, attempts, batches, engine, losses, manifest, models
-from longyarn.cli import UserError, program, set_up_torch
-from longyarn.sequences import Packed
-from longyarn.tokens import Tokens, held_out_documents
+from longyarn.config import derived
+from longyarn.core import attempts, manifest
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import new_directory
+from longyarn.core.torch_setup import set_up_torch
+from longyarn.data.packed_dataset import Packed
+from longyarn.data.token_store import Tokens, held_out_documents
+from longyarn.models import loading, lora
+from longyarn.models.source_files import tensor_files
+from longyarn.training import chunked_loss, engine
 
 
 def main() -> None:
@@ -40,9 +46,9 @@ def main() -> None:
     import torch
     import transformers
 
-    from longyarn import guards, held_out, stopping
-    from longyarn.metrics import Metrics
-    from longyarn.trainer import Trainer
+    from longyarn.training import guards, held_out_loss, stopping
+    from longyarn.training.metrics import Metrics
+    from longyarn.training.trainer import Trainer
 
     time_limit = stopping.deadline(arguments.minutes) if arguments.minutes_are_a_limit else None
     engine.require_packages(settings)
@@ -53,7 +59,7 @@ def main() -> None:
     pack = manifest.read(arguments.pack)
     length = pack["facts"]["sequence_length"]
     batch = settings["batch_size"]
-    batches.require_enough(
+    derived.require_enough(
         pack["facts"]["sequences"],
         length,
         (settings["steps"] or 0) * batch * length,
@@ -90,7 +96,7 @@ def main() -> None:
     trainer.add_callback(stop)
     if settings["held_out_steps"]:
         trainer.add_callback(
-            held_out.HeldOut(
+            held_out_loss.HeldOut(
                 list(held_out_documents(arguments.tokens).values()),
                 (rope["original_max_position_embeddings"], length),
                 settings["held_out_steps"],
@@ -182,7 +188,7 @@ def load(arguments: argparse.Namespace, base: dict, document_masks: bool):
     """Return the model to train: with its RoPE, its loss and, in mode lora, a fresh adapter."""
     settings = arguments.settings
     try:
-        model = models.load_model(
+        model = loading.load_model(
             arguments.base.parent / base["directory"],
             arguments.rope,
             dtype="fp32" if settings["mode"] == "full" else settings["precision"],
@@ -199,19 +205,19 @@ def load(arguments: argparse.Namespace, base: dict, document_masks: bool):
     if settings["activation_offload"]:
         engine.offload_activations(model)
     if settings["mode"] == "lora":
-        model = adapters.attach(model, settings["lora"])
+        model = lora.attach(model, settings["lora"])
     if settings["loss"] == "chunked":
-        losses.attach(model)
+        chunked_loss.attach(model)
     return model
 
 
 def publish(arguments, staged: Path, model, base: dict, settings: dict) -> None:
     """Copy what was trained from the work directory to the run's payload, checked."""
-    with manifest.new_directory(arguments.output) as directory:
-        adapters.copy_trained(staged, directory, settings["mode"], base["facts"])
+    with new_directory(arguments.output) as directory:
+        lora.copy_trained(staged, directory, settings["mode"], base["facts"])
         if settings["mode"] == "lora":
-            adapters.check_saved(directory, adapters.trained_shapes(model))
-        elif not models.tensor_files(directory):
+            lora.check_saved(directory, lora.trained_shapes(model))
+        elif not tensor_files(directory):
             raise UserError("training saved no weights; see the log above")
 
 

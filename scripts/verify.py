@@ -14,9 +14,11 @@ from pathlib import Path
 
 import yaml
 
-from longyarn import current, manifest, runs
-from longyarn.cli import UserError, program
-from longyarn.sealed import Run
+from longyarn.core import manifest, run_directory, superseded
+from longyarn.core.code_hash import code_hash
+from longyarn.core.errors import UserError, program
+from longyarn.core.files import sha256
+from longyarn.provenance.verification import Run
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 # Sections of the configuration that a manifest has the keys of that its stage ran with.
@@ -29,7 +31,7 @@ def main() -> None:
     path = parser.parse_args().run
     if path is None:
         raise UserError("no run is named; say `make verify RUN=results/micro`")
-    runs.require(path)
+    run_directory.require(path)
     run = Run(path)
     found = findings(run)
     for note in notes(run):
@@ -40,8 +42,8 @@ def main() -> None:
         sys.exit(1)
     print(
         f"{path} is whole: {len(run.sums)} files and {len(run.manifests)} manifests are as they were sealed; "
-        f"the SHA-256 of {runs.SEAL}, to compare with the one that you wrote down elsewhere, is "
-        f"{manifest.sha256(path / runs.SEAL)}"
+        f"the SHA-256 of {run_directory.SEAL}, to compare with the one that you wrote down elsewhere, is "
+        f"{sha256(path / run_directory.SEAL)}"
     )
 
 
@@ -57,8 +59,8 @@ def of_figures(run: Run) -> Iterator[str]:
         return
     import report
 
-    said = run.json(runs.REPORT)
-    jobs = current.reported(run.manifests, said)
+    said = run.json(run_directory.REPORT)
+    jobs = superseded.reported(run.manifests, said)
     made = report.assemble(
         {job: run.manifests[name] for job, name in jobs.items()},
         {job: run.real[name] for job, name in jobs.items()},
@@ -70,44 +72,48 @@ def of_figures(run: Run) -> Iterator[str]:
     made = json.loads(json.dumps(made))
     for key in sorted(said.keys() | made.keys()):
         if not same(said.get(key), made.get(key)):
-            yield f"{run.said(runs.REPORT)} has other {key!r} than the manifests give"
+            yield f"{run.said(run_directory.REPORT)} has other {key!r} than the manifests give"
 
 
 def why_not_computed(run: Run) -> str | None:
     """Return why the report cannot be computed anew here, or None."""
-    said = run.json(runs.REPORT)
-    if said["code"]["report"] != manifest.code_hash(CHECKOUT / "scripts" / "report.py"):
+    said = run.json(run_directory.REPORT)
+    if said["code"]["report"] != code_hash(CHECKOUT / "scripts" / "report.py"):
         return "the code of report is another one here"
-    if not all(current.reported(run.manifests, said).values()):
+    if not all(superseded.reported(run.manifests, said).values()):
         return "a variant is the model of another run"
     return None
 
 
 def of_config(run: Run) -> Iterator[str]:
     """Compare the configuration with what stages ran with."""
-    config = yaml.safe_load((run.path / runs.CONFIG).read_bytes())
+    config = yaml.safe_load((run.path / run_directory.CONFIG).read_bytes())
     for section, name in SECTIONS.items():
         ran, now = run.manifests[name]["settings"], manifest.portable(config[section])
         if any(key not in now or now[key] != value for key, value in ran.items()):
             stage = run.makers.stage(name)
-            yield f"{run.said(runs.CONFIG)} has another {section!r} than {stage} ran with, by {name}"
+            yield f"{run.said(run_directory.CONFIG)} has another {section!r} than {stage} ran with, by {name}"
 
 
 def notes(run: Run) -> Iterator[str]:
     """Yield a sentence for each thing that is no error but that one should know."""
     for directory in sorted(run.purged):
         yield f"{run.path / directory}/ is not here, so not checked; a finished run does without it"
-    later = {*runs.to_seal(run.names)} - run.records.keys() - {name for name, _ in run.strays()}
+    later = (
+        {*run_directory.to_seal(run.names)}
+        - run.records.keys()
+        - {name for name, _ in run.strays()}
+    )
     if later:
         yield (
             f"not sealed, because they came later: {len(later)} of the files here, {min(later)} for one; "
             "`snakemake --forcerun provenance` seals them"
         )
-    if (run.path / runs.MARK).is_file():
-        yield f"{run.path / runs.MARK} says that this run misses a threshold"
+    if (run.path / run_directory.MARK).is_file():
+        yield f"{run.path / run_directory.MARK} says that this run misses a threshold"
     for name in run.outdated():
-        yield current.said(run.path, name)
-    for sentence in runs.other_code(run.manifests, CHECKOUT):
+        yield superseded.said(run.path, name)
+    for sentence in run_directory.other_code(run.manifests, CHECKOUT):
         yield f"{sentence}, in this checkout"
     try:
         why = why_not_computed(run)

@@ -10,8 +10,9 @@ from stages import run
 from test_adopt import make_run
 from training_runs import settings
 
-from longyarn import manifest, packing, storage
-from longyarn.sequences import Packed
+from longyarn.core import manifest, tensorfile
+from longyarn.data import packing
+from longyarn.data.packed_dataset import Packed
 
 LENGTH = 60  # no multiple of what collators pad to
 # Lengths and documents: alone; with a single token between; a conversation, and padding; two.
@@ -34,7 +35,7 @@ def make(directory: Path, masks: bool = True, **model) -> Path:
     offsets = np.cumsum([0, *map(len, PIECES)])
     file = directory / "pack" / "pack.safetensors"
     file.parent.mkdir()
-    storage.write(file, {
+    tensorfile.write(file, {
         "input_ids": ids, "piece_lengths": lengths, "piece_documents": documents,
         "piece_offsets": offsets, "scored": scored,
     })  # fmt: skip

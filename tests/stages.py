@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from longyarn.cli import program
+from longyarn.core.errors import program
 
 MICRO_BASE = ROOT / "resources" / "micro-base"
 

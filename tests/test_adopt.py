@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import adopt
 import merge
 import patch_rope
-from longyarn import manifest
+from longyarn.core import manifest
+from longyarn.core.files import sha256
 
 ADAPTER, TENSORS = adopt.ADAPTER, adopt.TENSORS
 # Where this run's own adapter of q_proj in the first layer lies.
@@ -28,7 +29,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 def test_an_adapter_of_another_place_gives_the_same_model_and_report(finished_copy):
     """The chain goes on from it byte by byte as from training, and the report says what is not known."""
     made = finished_copy.directory / "results/tests"
-    own = manifest.sha256(made / "merged/model.safetensors")
+    own = sha256(made / "merged/model.safetensors")
     elsewhere = shutil.copytree(made / "trained", finished_copy.directory / "elsewhere")
     overrides = {"training": {"source": "elsewhere"}}
     assert finished_copy.planned(overrides) == {
@@ -36,7 +37,7 @@ def test_an_adapter_of_another_place_gives_the_same_model_and_report(finished_co
         "provenance": 1,
     }  # fmt: skip
     finished_copy.snakemake(overrides=overrides)
-    assert manifest.sha256(made / "merged/model.safetensors") == own
+    assert sha256(made / "merged/model.safetensors") == own
     report = json.loads((made / "report.json").read_text())
     assert report["training"]["source"] == "elsewhere"
     assert report["training"]["steps"] is report["training"]["epochs"] is None

@@ -2,7 +2,7 @@
 
 import multiprocessing
 
-from longyarn import attempts
+from longyarn.core import attempts
 
 
 def checkpoint(work, attempt: int, step: int, whole: bool = True):

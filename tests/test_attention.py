@@ -12,8 +12,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from longyarn import attention
-from longyarn.cli import UserError
+from longyarn.core.errors import UserError
+from longyarn.training import document_attention
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -42,7 +42,7 @@ def test_losses_and_gradients_are_those_under_a_dense_mask(family, again):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = torch.randint(97, POSITIONS.shape)
     found = {}
-    for name in ("sdpa", attention.NAME):
+    for name in ("sdpa", document_attention.NAME):
         model.set_attn_implementation(name)
         model.zero_grad()
         loss = model(
@@ -51,25 +51,25 @@ def test_losses_and_gradients_are_those_under_a_dense_mask(family, again):
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
         found[name] = loss.detach(), gradients
-    for ours, dense in zip(found[attention.NAME], found["sdpa"], strict=True):
+    for ours, dense in zip(found[document_attention.NAME], found["sdpa"], strict=True):
         torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sliding_window_below_a_document_is_refused():
     config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=document_attention.NAME)
     tokens = torch.zeros_like(POSITIONS)
     with pytest.raises(UserError, match="sliding window of 8 tokens"):
         model(input_ids=tokens, position_ids=POSITIONS.clone(), use_cache=False)
 
 
 def test_the_documents_of_a_sequence():
-    assert attention.document_lengths(POSITIONS.clone()) == LENGTHS
-    assert attention.document_lengths(torch.arange(7)[None] + 3) == [[7]]
+    assert document_attention.document_lengths(POSITIONS.clone()) == LENGTHS
+    assert document_attention.document_lengths(torch.arange(7)[None] + 3) == [[7]]
 
 
 def test_a_model_that_gives_no_positions_is_refused():
     model = AutoModelForCausalLM.from_config(FAMILIES["llama"], attn_implementation="sdpa")
     part = torch.zeros(1, 4, 8, 8)
     with pytest.raises(UserError, match="of type llama does not tell"):
-        attention.forward(model, part, part, part, None)
+        document_attention.forward(model, part, part, part, None)

@@ -15,8 +15,9 @@ import passkey
 import patch_rope
 import perplexity
 import tokenise
-from longyarn import manifest, models
-from longyarn.cli import UserError
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.models import loading
 
 # RoPE: models and settings that the stage patch_rope refuses
 
@@ -270,14 +271,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tiny, tmp_path):
     tokenizer["added_tokens"].append(added)
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError) as error:
-        models.load_tokenizer(model, False)
+        loading.load_tokenizer(model, False)
     assert f"has the token '<one more>' with the number {size}" in str(error.value)
     assert f"the model's vocabulary ends at {size - 1} (vocab_size {size} in config.json)" in str(
         error.value
     )
     # Embeddings are often padded, so fewer tokens are no mistake.
     edit_json(model / "config.json", vocab_size=size + 64)
-    assert len(models.load_tokenizer(model, False)) == size + 1
+    assert len(loading.load_tokenizer(model, False)) == size + 1
 
 
 def test_a_passkey_length_that_is_too_short(evaluated):

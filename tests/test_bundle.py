@@ -10,7 +10,8 @@ from conftest import ROOT, Workspace
 from stages import refusal, run
 
 import bundle
-from longyarn import manifest, runs
+from longyarn.core import run_directory
+from longyarn.core.files import sha256
 
 ALONE = (sys.executable, str(ROOT / "tests" / "no_network.py"))
 RUN = "results/tests"
@@ -111,7 +112,7 @@ def test_what_cannot_be_packed_is_one_sentence(archive, tmp_path, monkeypatch):
     sentence = refusal(bundle, "--seal", SEAL, "--output", output)
     assert "is sealed but missing" in sentence and "--forcerun download_model" not in sentence
     assert f"bring it alone with `snakemake -- {RUN}/base`, then seal again" in sentence
-    (tmp_path / RUN / runs.SEAL).unlink()
+    (tmp_path / RUN / run_directory.SEAL).unlink()
     sentence = refusal(bundle, "--seal", SEAL, "--output", output)
     assert "SHA256SUMS is missing" in sentence
     assert not list(tmp_path.glob("out.tar*"))
@@ -143,8 +144,8 @@ def test_settings_that_lead_out_of_the_archive_are_named_and_can_be_taken_out():
 
 def test_a_disk_that_is_too_small_is_said_beforehand(archive, monkeypatch):
     monkeypatch.chdir(archive.parents[1])
-    before = manifest.sha256(archive)
+    before = sha256(archive)
     full = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     assert "no space left for the archive" in refusal(bundle, "--seal", SEAL, "--output", archive)
-    assert manifest.sha256(archive) == before
+    assert sha256(archive) == before

@@ -6,7 +6,7 @@ import pytest
 from stages import one_sentence, refusal, run
 
 import check_evaluation
-from longyarn import thresholds
+from longyarn.config import thresholds
 
 GOOD = {
     "perplexity-lengths": [512, 1024], "tokens-per-document": 2048, "passkey-lengths": [512],

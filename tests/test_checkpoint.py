@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stages import one_sentence
 
-from longyarn import manifest
+from longyarn.core import manifest
 
 # So many that training is still at work when the evaluation is done.
 LONG = {

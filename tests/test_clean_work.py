@@ -8,7 +8,7 @@ import pytest
 from stages import refusal, run
 
 import clean_work
-from longyarn import attempts
+from longyarn.core import attempts
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from longyarn import batches, config
-from longyarn.cli import UserError
+from longyarn.config import derived
+from longyarn.config.load import complete
+from longyarn.core.errors import UserError
 
 SCHEMA_PATH = ROOT / "schemas" / "config.schema.yaml"
 SCHEMA = yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
@@ -49,7 +50,7 @@ def refusal(base: dict, changes: dict) -> str:
     for path, value in changes.items():
         base = changed(base, path, value)
     with pytest.raises(UserError) as caught:
-        config.complete(base, SCHEMA_PATH)
+        complete(base, SCHEMA_PATH)
     sentence = str(caught.value)
     assert "\n" not in sentence
     return sentence
@@ -69,7 +70,7 @@ def keys(schema: dict, value: dict, path: str = ""):
 
 
 def test_the_embedded_default_is_accepted_and_states_every_key():
-    config.complete(DEFAULT, SCHEMA_PATH)
+    complete(DEFAULT, SCHEMA_PATH)
     for path, sub, value in keys(SCHEMA, DEFAULT):
         in_documents = path.startswith("corpus.packages.documents.")
         assert value != "absent" or (in_documents and "default" in sub), path
@@ -84,7 +85,7 @@ def test_every_key_has_a_type_and_a_description():
 
 
 def test_a_minimal_config_gets_every_default_of_the_schema():
-    filled = config.complete(MINIMAL, SCHEMA_PATH)
+    filled = complete(MINIMAL, SCHEMA_PATH)
     stated = {"training.steps", "corpus.packages", "corpus.held_out"}
     compared = 0
     for path, sub, value in keys(SCHEMA, filled):
@@ -99,7 +100,7 @@ def test_a_minimal_config_gets_every_default_of_the_schema():
 
 
 def test_defaults_in_config_yaml_win_over_those_of_the_schema():
-    filled = config.complete(DEFAULT, SCHEMA_PATH)
+    filled = complete(DEFAULT, SCHEMA_PATH)
     assert filled["training"]["lora"]["rank"] == 32
     assert filled["corpus"]["packages"][0]["documents"][0]["encoding"] == "latin-1"
 
@@ -249,8 +250,8 @@ def test_a_mistake_gets_one_sentence_that_names_the_key(changes, expected):
 def test_what_was_written_otherwise_before_is_still_read():
     evaluation = DEFAULT["evaluation"]
     older = evaluation | {"perplexity": evaluation["perplexity"] | {"stride": None}}
-    filled = config.complete(DEFAULT | {"evaluation": older, "verify": None}, SCHEMA_PATH)
-    assert filled["evaluation"] == config.complete(DEFAULT, SCHEMA_PATH)["evaluation"]
+    filled = complete(DEFAULT | {"evaluation": older, "verify": None}, SCHEMA_PATH)
+    assert filled["evaluation"] == complete(DEFAULT, SCHEMA_PATH)["evaluation"]
     assert set(filled["verify"].values()) == {None}
 
 
@@ -284,5 +285,5 @@ def test_accumulation_follows_from_batch_and_processes(batch, micro, nodes, gpus
         "sp_size": 1,
         "gradient_accumulation_steps": None,
     }
-    assert batches.accumulation(training) == steps
-    assert batches.accumulation(training | {"gradient_accumulation_steps": steps}) == steps
+    assert derived.accumulation(training) == steps
+    assert derived.accumulation(training | {"gradient_accumulation_steps": steps}) == steps

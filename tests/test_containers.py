@@ -14,8 +14,8 @@ import pytest
 import yaml
 from conftest import ROOT, Workspace
 
-from longyarn import containers
-from longyarn.cli import UserError
+from longyarn.cluster import container_images
+from longyarn.core.errors import UserError
 
 SPEC = importlib.util.spec_from_file_location("lock", ROOT / "envs" / "lock.py")
 lock = importlib.util.module_from_spec(SPEC)
@@ -115,7 +115,7 @@ def run(command: list) -> str:
 # Recipes.
 
 
-@pytest.mark.parametrize("image", containers.LOCKS)
+@pytest.mark.parametrize("image", container_images.LOCKS)
 def test_dockerfile_and_definition_are_of_one_base_and_of_the_same_files(image):
     dockerfile = (RECIPES / f"{image}.Dockerfile").read_text(encoding="utf-8")
     definition = (RECIPES / f"{image}.def").read_text(encoding="utf-8")
@@ -123,7 +123,7 @@ def test_dockerfile_and_definition_are_of_one_base_and_of_the_same_files(image):
     (from_,) = re.findall(r"^From: (\S+)$", definition, re.M)
     assert base.removeprefix("library/") == from_
     assert re.search(r"@sha256:[0-9a-f]{64}$", base)
-    wanted = {"containers/install", *(f"envs/{name}.txt" for name in containers.LOCKS[image])}
+    wanted = {"containers/install", *(f"envs/{name}.txt" for name in container_images.LOCKS[image])}
     assert set(re.findall(r"(?:containers|envs)/\w+(?:\.txt)?(?= )", dockerfile)) == wanted
     assert set(re.findall(r"^    ((?:containers|envs)/\S+) ", definition, re.M)) == wanted
 
@@ -134,7 +134,7 @@ def test_the_cuda_base_is_of_the_cuda_that_torch_was_built_for():
     assert f"nvidia/cuda:{'.'.join(runtime.split('.')[:2])}." in comment
 
 
-@pytest.mark.parametrize("image", containers.LOCKS)
+@pytest.mark.parametrize("image", container_images.LOCKS)
 def test_hadolint_finds_nothing(image):
     hadolint = Path(sys.executable).parent / "hadolint"
     if not hadolint.exists():
@@ -179,34 +179,40 @@ def config_of(image: str, **paths) -> dict:
 
 
 def test_an_image_of_ours_is_the_recorded_digest_or_the_sif_of_this_tree(tree):
-    recipe = containers.recipe("cpu", "def", tree)
-    assert containers.resolve(config_of("cpu"), tree) == f".cache/images/longyarn-cpu-{recipe}.sif"
+    recipe = container_images.recipe("cpu", "def", tree)
+    assert (
+        container_images.resolve(config_of("cpu"), tree)
+        == f".cache/images/longyarn-cpu-{recipe}.sif"
+    )
     address = f"docker://registry.example.org/longyarn-cpu@sha256:{'0' * 64}"
-    entry = {"image": address, "recipe": containers.recipe("cpu", "Dockerfile", tree)}
+    entry = {"image": address, "recipe": container_images.recipe("cpu", "Dockerfile", tree)}
     (tree / "containers" / "images.yaml").write_text(yaml.safe_dump({"cpu": entry, "cuda": None}))
-    assert containers.resolve(config_of("cpu"), tree) == address
-    assert containers.missing(config_of("cpu"), tree) is None
-    assert "-cuda-" in containers.resolve(config_of("cuda"), tree)
+    assert container_images.resolve(config_of("cpu"), tree) == address
+    assert container_images.missing(config_of("cpu"), tree) is None
+    assert "-cuda-" in container_images.resolve(config_of("cuda"), tree)
 
 
 @pytest.mark.parametrize("changed", ["envs/run.txt", "envs/cpu.txt", "containers/install"])
 def test_another_lock_is_another_image_and_a_recorded_one_is_no_longer_taken(tree, changed):
-    entry = {"image": "docker://a@sha256:0", "recipe": containers.recipe("cpu", "Dockerfile", tree)}
+    entry = {
+        "image": "docker://a@sha256:0",
+        "recipe": container_images.recipe("cpu", "Dockerfile", tree),
+    }
     (tree / "containers" / "images.yaml").write_text(yaml.safe_dump({"cpu": entry, "cuda": None}))
-    before = containers.recipe("cpu", "def", tree)
+    before = container_images.recipe("cpu", "def", tree)
     (tree / changed).write_text((tree / changed).read_text() + "# changed\n")
-    after = containers.recipe("cpu", "def", tree)
+    after = container_images.recipe("cpu", "def", tree)
     assert after != before
-    assert containers.resolve(config_of("cpu"), tree).endswith(f"-{after}.sif")
-    assert "run `make sif IMAGE=cpu`" in containers.missing(config_of("cpu"), tree)
+    assert container_images.resolve(config_of("cpu"), tree).endswith(f"-{after}.sif")
+    assert "run `make sif IMAGE=cpu`" in container_images.missing(config_of("cpu"), tree)
 
 
 def test_an_image_of_the_users_is_taken_as_it_is(tree):
     address = f"docker://registry.example.org/mine@sha256:{'1' * 64}"
-    assert containers.resolve(config_of(address), tree) == address
-    assert containers.missing(config_of(address), tree) is None
-    assert containers.resolve(config_of("mine.sif"), tree) == "mine.sif"
-    assert containers.missing(config_of("mine.sif"), tree) == (
+    assert container_images.resolve(config_of(address), tree) == address
+    assert container_images.missing(config_of(address), tree) is None
+    assert container_images.resolve(config_of("mine.sif"), tree) == "mine.sif"
+    assert container_images.missing(config_of("mine.sif"), tree) == (
         "container.image mine.sif is missing; build it or mend the path"
     )
 
@@ -219,9 +225,9 @@ def test_an_image_is_entered_as_snakemake_does_it():
     dag = SimpleNamespace(workflow=SimpleNamespace(persistence=persistence))
     for image in (f"docker://a/b@sha256:{'2' * 64}", ".cache/images/x.sif"):
         file = Image(image, dag, False).path
-        assert containers.image_file(image) == file
+        assert container_images.image_file(image) == file
         command = singularity.shellcmd(file, "true", args="--nv", shell_executable="bash")
-        said = containers.exec_command(image, "--nv").replace('"$PWD"', repr(os.getcwd()))
+        said = container_images.exec_command(image, "--nv").replace('"$PWD"', repr(os.getcwd()))
         assert command.split()[1:] == [*said.split()[1:], "bash", "-c", "'true'"]
 
 
@@ -231,14 +237,14 @@ def test_the_environment_binds_and_keeps_pythons_variables_out(tmp_path, monkeyp
     monkeypatch.setenv(
         "PATH", str(tmp_path)
     )  # neither apptainer nor singularity: apptainer's names
-    for name in ("APPTAINER_BIND", "SINGULARITY_BIND", *containers.HOST_PATHS):
+    for name in ("APPTAINER_BIND", "SINGULARITY_BIND", *container_images.HOST_PATHS):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "big").mkdir()
     (tmp_path / "scratch").symlink_to(tmp_path / "big")
     (tmp_path / "wheels").mkdir()
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     monkeypatch.setenv("APPTAINER_BIND", "/data:/in")
-    values = containers.environment(config_of("cpu", work=str(tmp_path / "scratch" / "work")))
+    values = container_images.environment(config_of("cpu", work=str(tmp_path / "scratch" / "work")))
     assert values["APPTAINERENV_PYTHONPATH"] == ""
     assert values["APPTAINERENV_PYTHONNOUSERSITE"] == "1"
     here, work = tmp_path / "here", tmp_path / "big" / "work"
@@ -248,9 +254,11 @@ def test_the_environment_binds_and_keeps_pythons_variables_out(tmp_path, monkeyp
     ]  # fmt: skip
     assert work.is_dir()
     elsewhere = config_of("cpu") | {"training": {"source": str(tmp_path / "big")}}
-    assert str(tmp_path / "big") in containers.environment(elsewhere)["APPTAINER_BIND"].split(",")
+    assert str(tmp_path / "big") in container_images.environment(elsewhere)["APPTAINER_BIND"].split(
+        ","
+    )
     monkeypatch.setenv("APPTAINER_BIND", values["APPTAINER_BIND"])
-    again = containers.environment(config_of("cpu", work=str(tmp_path / "scratch" / "work")))
+    again = container_images.environment(config_of("cpu", work=str(tmp_path / "scratch" / "work")))
     assert again == values  # a Snakemake inside a job adds nothing
 
 
@@ -258,7 +266,7 @@ def test_a_root_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^paths\.work cannot be made .*; choose another$"):
-        containers.environment(config_of("cpu", work="file/work"))
+        container_images.environment(config_of("cpu", work="file/work"))
 
 
 # The image itself, and the chain inside it.
@@ -297,18 +305,18 @@ class Inside(Workspace):
 
     def inside(self, image, *command: str, **variables: str) -> str:
         """Return what a command prints in the image, entered as a rule of several nodes enters it."""
-        file = self.directory / containers.image_file(image.address)
+        file = self.directory / container_images.image_file(image.address)
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             self.run(["apptainer", "pull", "--name", file, image.address])
-        shell = f'{containers.exec_command(image.address)} "$@" 2>&1'
+        shell = f'{container_images.exec_command(image.address)} "$@" 2>&1'
         config = config_of("cpu")
         added = {"APPTAINER_BIND": "", **variables}
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.directory)
             for key, value in added.items():
                 patch.setenv(key, value)
-            added |= containers.environment(config)
+            added |= container_images.environment(config)
         done = subprocess.run(
             ["bash", "-c", shell, "bash", *command],
             cwd=self.directory,
@@ -428,11 +436,11 @@ def test_the_image_has_what_the_locks_say_and_nothing_of_its_builder(chain, cpu_
     )  # else bound: it is ours
     inside = json.loads(said.splitlines()[-1])
     assert inside["path"].startswith("/opt/longyarn/bin:")
-    for name in containers.LOCKS["cpu"]:
+    for name in container_images.LOCKS["cpu"]:
         for (package, marker), (version, _) in pins(name).items():
             if not marker:
                 assert inside["packages"][package] == version
-    assert inside["recipe"] == containers.recipe("cpu", "Dockerfile", ROOT)
+    assert inside["recipe"] == container_images.recipe("cpu", "Dockerfile", ROOT)
     assert inside["opt"] == ["longyarn"]
     assert inside["mnt"] == inside["pip"] == inside["settings"] == inside["writable"] == []
     assert set(inside["root"]) <= {".bashrc", ".profile"}
@@ -464,7 +472,7 @@ def test_the_image_is_not_roots_and_its_history_tells_nothing(chain, cpu_image):
     text = chain.run(inspect).stdout
     config = json.loads(text)["config"]
     assert config["User"].split(":")[0] not in ("", "0", "root")
-    assert config["Labels"]["longyarn.recipe"] == containers.recipe("cpu", "Dockerfile", ROOT)
+    assert config["Labels"]["longyarn.recipe"] == container_images.recipe("cpu", "Dockerfile", ROOT)
     assert "PYTHONNOUSERSITE=1" in config["Env"]
     for word in ("PIP_", "find-links", "wheels", "TOKEN", "PASSWORD", "CERT"):
         assert word not in text

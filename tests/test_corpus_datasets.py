@@ -16,9 +16,12 @@ import zstandard
 from conftest import ROOT
 from stages import one_sentence
 
-from longyarn import config, documents, hub_datasets, manifest, records
-from longyarn.cli import UserError
-from longyarn.documents import Collection, read_shards
+from longyarn.config.load import _with_defaults
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.data import documents, hub_datasets
+from longyarn.data.columns import characters
+from longyarn.data.documents import Collection, read_shards
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text(encoding="utf-8"))
 ENTRY = SCHEMA["properties"]["corpus"]["properties"]["datasets"]["items"]
@@ -28,7 +31,7 @@ FILES = 8
 def entry(repository, **keys) -> dict:
     """Return an entry of corpus.datasets with its defaults."""
     at = {"collection": "pg19", "repository": repository.name, "revision": repository.commit}
-    return config._with_defaults(at | keys, ENTRY)
+    return _with_defaults(at | keys, ENTRY)
 
 
 def stage(hub, directory: Path, *entries: dict, out="corpus", skip_bad=False) -> list:
@@ -232,7 +235,7 @@ def test_what_the_client_raises_is_one_sentence():
 def choose(rows: list, skip_bad=False, **keys) -> tuple[list[dict], dict, Collection]:
     """Return the documents chosen of some rows, the position after them, and the counts."""
     at = {"collection": "c", "repository": "an/set", "revision": "0" * 40}
-    wanted = config._with_defaults(at | keys, ENTRY)
+    wanted = _with_defaults(at | keys, ENTRY)
     position, collection = dict(hub_datasets.START), Collection("an/set", None, skip_bad)
     return list(hub_datasets.chosen(wanted, rows, position, collection)), position, collection
 
@@ -257,7 +260,7 @@ def test_what_is_chosen_of_a_stream(keys, sizes, ended_by):
     found, position, _ = choose(ROWS, **keys)
     assert [len(d["text"]) for d in found] == sizes
     assert position["ended_by"] == ended_by
-    assert position["characters"] == sum(sizes) == sum(map(records.characters, found))
+    assert position["characters"] == sum(sizes) == sum(map(characters, found))
 
 
 def test_bad_records_are_counted_and_a_wrong_entry_is_not_read_to_its_end():
@@ -276,7 +279,7 @@ def test_bad_records_are_counted_and_a_wrong_entry_is_not_read_to_its_end():
 
 def test_the_cache_knows_settings_apart():
     at = {"collection": "c", "repository": "an/set", "revision": "0" * 40}
-    one = config._with_defaults(at, ENTRY)
+    one = _with_defaults(at, ENTRY)
     changes = ({"revision": "1" * 40}, {"characters": 9}, {"filter": {"a": 1}}, {"collection": "d"})
     keys = {hub_datasets.key(one | change, False) for change in ({}, *changes)}
     assert len(keys | {hub_datasets.key(one, True)}) == 6
@@ -319,10 +322,10 @@ def test_access_is_refused_in_one_sentence(hub, tmp_path, books):
     """In a process of its own, because the client reads its hub's address when it starts."""
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from longyarn import cli, hub_datasets\n"
+        "from longyarn.core.errors import UserError\nfrom longyarn.data import hub_datasets\n"
         "for entry in json.loads(sys.argv[2]):\n"
         "    try:\n        hub_datasets.check_access(entry)\n        print('ok')\n"
-        "    except cli.UserError as error:\n        print(error)\n"
+        "    except UserError as error:\n        print(error)\n"
     )
     repository = hub.dataset("an/books", books)
     gated = hub.dataset("an/gated", books, gated=True)

@@ -17,8 +17,10 @@ from conftest import ROOT
 from stages import refusal, run, write_mix
 
 import download_corpus
-from longyarn import config, files, manifest
-from longyarn.documents import Collections, read_shards
+from longyarn.config.load import UserError, _with_defaults, complete
+from longyarn.core import manifest
+from longyarn.data import local_files
+from longyarn.data.documents import Collections, read_shards
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text(encoding="utf-8"))
 ENTRY = SCHEMA["properties"]["corpus"]["properties"]["files"]["items"]
@@ -29,7 +31,7 @@ TEXTS = {f"mine/part/{number}": record["text"] for number, record in enumerate(R
 
 def entry(pattern, **keys) -> dict:
     """Return an entry of corpus.files with its defaults."""
-    return config._with_defaults({"collection": "mine", "files": str(pattern)} | keys, ENTRY)
+    return _with_defaults({"collection": "mine", "files": str(pattern)} | keys, ENTRY)
 
 
 def arguments(directory: Path, *entries: dict) -> list:
@@ -168,7 +170,7 @@ def test_a_large_file_is_never_held_whole(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
         for _ in range(400):  # 40 MB
             file.write(record)
-    found = files.read(entry(tmp_path / "a.jsonl.gz"), Collections().open("mine", "files"))
+    found = local_files.read(entry(tmp_path / "a.jsonl.gz"), Collections().open("mine", "files"))
     tracemalloc.start()
     assert sum(1 for _ in found) == 400
     peak = tracemalloc.get_traced_memory()[1]
@@ -325,8 +327,8 @@ def test_a_mistake_in_the_config_is_one_sentence(case):
     from test_config import MINIMAL, SCHEMA_PATH
 
     changes, sentence = MISTAKES[case]
-    with pytest.raises(config.UserError) as caught:
-        config.complete(MINIMAL | {"corpus": CORPUS | changes}, SCHEMA_PATH)
+    with pytest.raises(UserError) as caught:
+        complete(MINIMAL | {"corpus": CORPUS | changes}, SCHEMA_PATH)
     assert sentence in str(caught.value)
 
 

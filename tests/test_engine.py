@@ -10,9 +10,12 @@ from stages import one_sentence
 from training_runs import BATCH, STEPS, make_inputs, metrics, settings, train
 from transformers import GPTNeoXConfig
 
-from longyarn import adapters, engine, manifest, models
-from longyarn.cli import UserError
-from longyarn.sequences import Packed
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.core.files import read_json
+from longyarn.data.packed_dataset import Packed
+from longyarn.models import loading, lora
+from longyarn.training import engine
 
 EMBEDDINGS_AND_NORMS = {"rank": 4, "train_embeddings": True, "train_norms": True}
 MODES = {
@@ -31,9 +34,11 @@ def runs(tmp_path_factory):
 def plain_loop(inputs: Path, training: dict, masks: bool = True) -> tuple[list, list]:
     """Return losses and gradient norms of a loop in which every line is PyTorch's."""
     torch.manual_seed(training["seed"])
-    model = models.load_model(inputs / "base", inputs / "rope.json", dtype="fp32", attention="sdpa")
+    model = loading.load_model(
+        inputs / "base", inputs / "rope.json", dtype="fp32", attention="sdpa"
+    )
     if training["mode"] == "lora":
-        model = adapters.attach(model, training["lora"])
+        model = lora.attach(model, training["lora"])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=training["learning_rate"], betas=(0.9, training["adam_beta2"]), weight_decay=0
@@ -104,7 +109,7 @@ def test_two_processes_that_share_each_sequence_learn_what_one_learns(runs, tmp_
 def test_rslora_scales_by_the_root_of_the_rank(runs, tmp_path):
     training = settings(lora={"rank": 4, "rslora": True})
     train(runs[True], tmp_path, training)
-    assert manifest.read_json(tmp_path / "trained" / "adapter_config.json")["use_rslora"] is True
+    assert read_json(tmp_path / "trained" / "adapter_config.json")["use_rslora"] is True
     losses, _ = plain_loop(runs[True], training)
     assert [record["loss"] for record in metrics(tmp_path)] == pytest.approx(losses, rel=1e-4)
 
@@ -136,7 +141,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_runs(masks, chang
 
 def test_heads_that_cannot_be_shared_are_refused(runs):
     training = settings(masks=False, nodes=4, sp_size=4, zero_stage=3)
-    made = models.load_config(runs[False] / "base", runs[False] / "rope.json")
+    made = loading.load_config(runs[False] / "base", runs[False] / "rope.json")
     with pytest.raises(UserError, match="sp_size 4 cannot share 2 attention heads"):
         engine.check_heads(training, made)
 

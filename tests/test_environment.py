@@ -11,12 +11,12 @@ import pytest
 from conftest import ROOT
 from stages import one_sentence, small_disk
 
-from longyarn import environment, manifest
-from longyarn.cli import program
+from longyarn.core import job_record, manifest
+from longyarn.core.errors import program
 
 
 def written(path) -> dict:
-    return json.loads(environment.path_of(path).read_text())
+    return json.loads(job_record.path_of(path).read_text())
 
 
 def write(path) -> None:
@@ -27,8 +27,8 @@ def write(path) -> None:
 
 
 def test_it_lies_beside_the_manifest_and_names_neither_host_nor_user(tmp_path, monkeypatch):
-    monkeypatch.setenv(environment.COMMIT, f"{'ab' * 20}-dirty")
-    monkeypatch.setenv(environment.IMAGE, "docker://here.example/image@sha256:00")
+    monkeypatch.setenv(job_record.COMMIT, f"{'ab' * 20}-dirty")
+    monkeypatch.setenv(job_record.IMAGE, "docker://here.example/image@sha256:00")
     write(tmp_path / "rope" / "yarn.json")
     text = (tmp_path / "rope" / "environments" / "yarn.json").read_text()
     found = json.loads(text)
@@ -48,7 +48,7 @@ def test_it_lies_beside_the_manifest_and_names_neither_host_nor_user(tmp_path, m
 
 def test_the_manifest_is_the_same_whatever_the_record_says(tmp_path, monkeypatch):
     for number in ("1", "2"):
-        monkeypatch.setenv(environment.COMMIT, number * 40)
+        monkeypatch.setenv(job_record.COMMIT, number * 40)
         write(tmp_path / number / "a.json")
     assert (tmp_path / "1/a.json").read_bytes() == (tmp_path / "2/a.json").read_bytes()
     assert written(tmp_path / "1/a.json")["commit"] != written(tmp_path / "2/a.json")["commit"]
@@ -77,19 +77,19 @@ def git(directory, *arguments) -> str:
 
 
 def test_the_commit_is_the_workflow_s_own_and_says_if_files_differ(tmp_path):
-    assert environment.commit_of(tmp_path) is None
+    assert job_record.commit_of(tmp_path) is None
     git(tmp_path, "init", "--quiet")
     (tmp_path / "file").write_text("one")
     git(tmp_path, "add", "file")
     git(tmp_path, "commit", "--quiet", "-m", "one")
     git(tmp_path, "tag", "named")  # a tag does not take the place of the commit
     commit = git(tmp_path, "rev-parse", "HEAD")
-    assert environment.commit_of(tmp_path) == commit
+    assert job_record.commit_of(tmp_path) == commit
     (tmp_path / "file").write_text("two")
-    assert environment.commit_of(tmp_path) == f"{commit}-dirty"
+    assert job_record.commit_of(tmp_path) == f"{commit}-dirty"
     # A copy without its own history does not take that of the repository around it.
     (tmp_path / "copy").mkdir()
-    assert environment.commit_of(tmp_path / "copy") is None
+    assert job_record.commit_of(tmp_path / "copy") is None
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,11 @@ def test_the_commit_is_the_workflow_s_own_and_says_if_files_differ(tmp_path):
     ],
 )
 def test_jobs_are_told_the_image_also_in_a_container_kept_clean(tmp_path, image, told):
-    values = environment.variables(tmp_path, image)
-    assert values[environment.IMAGE] == told and values[environment.COMMIT] == ""
+    values = job_record.variables(tmp_path, image)
+    assert values[job_record.IMAGE] == told and values[job_record.COMMIT] == ""
     inside = {key: value for key, value in values.items() if key.startswith("APPTAINERENV_")}
     assert inside == (
-        {f"APPTAINERENV_{key}": values[key] for key in (environment.COMMIT, environment.IMAGE)}
+        {f"APPTAINERENV_{key}": values[key] for key in (job_record.COMMIT, job_record.IMAGE)}
         if image
         else {}
     )

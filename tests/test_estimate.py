@@ -13,12 +13,13 @@ import transformers
 import yaml
 from conftest import ROOT
 
-from longyarn import estimate, requests, shapes, windows
-from longyarn.cli import UserError
-from longyarn.config import complete
-
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory
+
+from longyarn.cluster import estimate, job_resources, model_shapes
+from longyarn.config.load import complete
+from longyarn.core.errors import UserError
+from longyarn.evaluation.window_losses import LOGITS_AT_ONCE
 
 KNOWN = yaml.safe_load((ROOT / "resources/shapes.yaml").read_text())
 PUBLISHED = {
@@ -48,7 +49,7 @@ def on_meta(record: dict):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_shape_has_the_published_number_of_parameters(name):
-    assert shapes.named(name).parameters == PUBLISHED[name]
+    assert model_shapes.named(name).parameters == PUBLISHED[name]
     assert sum(tensor.numel() for tensor in on_meta(KNOWN[name]).parameters()) == PUBLISHED[name]
 
 
@@ -63,7 +64,7 @@ def test_a_shape_has_the_published_number_of_parameters(name):
 def test_biases_norms_of_heads_and_odd_heads_are_counted(odd):
     record = KNOWN["smollm2-135m"] | odd
     expected = sum(tensor.numel() for tensor in on_meta(record).parameters())
-    assert shapes.Shape.of(record).parameters == expected
+    assert model_shapes.Shape.of(record).parameters == expected
 
 
 @pytest.mark.parametrize(
@@ -76,16 +77,16 @@ def test_biases_norms_of_heads_and_odd_heads_are_counted(odd):
 )
 @pytest.mark.parametrize("name", ["mistral-7b", "smollm2-135m"])
 def test_trained_parameters_are_those_of_the_adapter(name, lora):
-    from longyarn import adapters
+    from longyarn.models.lora import attach
 
-    model = adapters.attach(on_meta(KNOWN[name]), lora)
+    model = attach(on_meta(KNOWN[name]), lora)
     trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-    assert shapes.named(name).trained_parameters("lora", lora) == trained
+    assert model_shapes.named(name).trained_parameters("lora", lora) == trained
 
 
 def test_an_architecture_that_the_plan_does_not_know_is_refused():
     with pytest.raises(UserError, match="model_type mixtral, whose memory the plan does not know"):
-        shapes.Shape.of({"model_type": "mixtral"}, "config.json")
+        model_shapes.Shape.of({"model_type": "mixtral"}, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -101,16 +102,16 @@ def test_an_architecture_that_the_plan_does_not_know_is_refused():
 )
 def test_a_size_that_is_none_is_refused(key, value):
     with pytest.raises(UserError, match=f"^c.json has {key} {json.dumps(value)}, which must be"):
-        shapes.Shape.of(KNOWN["mistral-7b"] | {key: value}, "c.json")
+        model_shapes.Shape.of(KNOWN["mistral-7b"] | {key: value}, "c.json")
     if key != "head_dim" and key != "num_key_value_heads":
         record = {name: size for name, size in KNOWN["mistral-7b"].items() if name != key}
         with pytest.raises(UserError, match=f"^c.json lacks {key}"):
-            shapes.Shape.of(record, "c.json")
+            model_shapes.Shape.of(record, "c.json")
 
 
 def test_sizes_that_follow_from_others_may_be_null():
     record = KNOWN["llama-2-7b"] | {"num_key_value_heads": None, "head_dim": None}
-    assert shapes.Shape.of(record) == shapes.named("llama-2-7b")
+    assert model_shapes.Shape.of(record) == model_shapes.named("llama-2-7b")
 
 
 def test_where_a_shape_comes_from(tmp_path):
@@ -119,27 +120,29 @@ def test_where_a_shape_comes_from(tmp_path):
         "run": "r",
         "model": {"source": "owner/name", "shape": None},
     }
-    assert shapes.find(config) is None
+    assert model_shapes.find(config) is None
     config["model"]["shape"] = "mistral-7b"
-    assert shapes.find(config) == shapes.named("mistral-7b")
+    assert model_shapes.find(config) == model_shapes.named("mistral-7b")
     base = tmp_path / "r" / "base"
     base.mkdir(parents=True)
     (base / "config.json").write_text((ROOT / "resources/micro-base/config.json").read_text())
     (base.parent / "base.json").write_text('{"facts": {"source": "other/model"}}')
-    assert shapes.find(config) == shapes.named("mistral-7b")  # of a run with another model
+    assert model_shapes.find(config) == model_shapes.named(
+        "mistral-7b"
+    )  # of a run with another model
     (base.parent / "base.json").write_text('{"facts": {"source": "owner/name"}}')
-    assert shapes.find(config).hidden_size == 128  # what was downloaded counts more
+    assert model_shapes.find(config).hidden_size == 128  # what was downloaded counts more
     local = tmp_path / "local"
     local.mkdir()
     config["model"]["source"] = str(local)
     (local / "config.json").write_text(json.dumps(KNOWN["smollm2-135m"]))
-    assert shapes.find(config) == shapes.named("smollm2-135m")
+    assert model_shapes.find(config) == model_shapes.named("smollm2-135m")
     (local / "config.json").write_text('{"model_type": "mixtral"}')
     (base / "config.json").unlink()
-    assert shapes.find(config) == shapes.named("mistral-7b")
+    assert model_shapes.find(config) == model_shapes.named("mistral-7b")
     config["model"]["shape"] = None
     with pytest.raises(UserError, match="mixtral"):
-        shapes.find(config)
+        model_shapes.find(config)
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +160,12 @@ def test_memory_of_real_steps_within_15_percent(case, libraries):
 
 def gib(name: str, **setup) -> float:
     """Return the GiB of a GPU that training needs."""
-    parts = estimate.memory(shapes.named(name), estimate.Setup(**setup))
+    parts = estimate.memory(model_shapes.named(name), estimate.Setup(**setup))
     return estimate.peak(parts) / estimate.GIB
 
 
 def room(name: str) -> float:
-    return requests.known_gpus()[name]["gib"]
+    return job_resources.known_gpus()[name]["gib"]
 
 
 def test_alst_llama_8b_on_one_h100():
@@ -190,7 +193,7 @@ def test_zero_shares_what_the_paper_says():
 
     The paper counts 2 bytes of weights, 2 of gradients and 12 of states for each parameter.
     """
-    shape, states = shapes.named("qwen2-7b"), {}
+    shape, states = model_shapes.named("qwen2-7b"), {}
     for stage in range(4):
         parts = estimate.memory(
             shape, estimate.Setup(length=1024, mode="full", zero_stage=stage, processes=64)
@@ -214,7 +217,7 @@ def test_memory_moves_the_right_way():
 
 def test_arithmetic_is_six_a_parameter_and_token_plus_attention():
     """6·N·T (arXiv 2001.08361) for full training of short sequences, of all but the input embedding."""
-    shape = shapes.named("llama-2-7b")
+    shape = model_shapes.named("llama-2-7b")
     setup = estimate.Setup(length=1, mode="full", gradient_checkpointing=False)
     flops = estimate.training_flops(shape, setup, tokens=1)
     assert flops == pytest.approx(6 * (shape.parameters - shape.embedding_parameters), rel=1e-3)
@@ -227,18 +230,18 @@ def test_arithmetic_of_a_real_step(monkeypatch):
     """torch's own counter, on the micro base: LoRA and full, checkpointed and not."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from longyarn import adapters
+    from longyarn.models.lora import attach
 
     length = 512
     record = {key: value for key, value in memory.MICRO.items() if key != "transformers_version"}
-    shape = shapes.Shape.of(record)
+    shape = model_shapes.Shape.of(record)
     for mode in ("full", "lora"):
         for again in (False, True):
             settings = transformers.LlamaConfig(**record, attn_implementation="eager")
             model = transformers.LlamaForCausalLM(settings).train()
             model.config.use_cache = False
             if mode == "lora":
-                model = adapters.attach(model, LORA)
+                model = attach(model, LORA)
                 model.enable_input_require_grads()
             if again:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -258,7 +261,7 @@ def test_what_other_files_say_too():
     import passkey
 
     assert passkey.TOKENS_AT_ONCE == estimate.EVALUATED_AT_ONCE
-    assert windows.LOGITS_AT_ONCE == estimate.LOGITS_AT_ONCE
+    assert LOGITS_AT_ONCE == estimate.LOGITS_AT_ONCE
 
 
 def test_disk_of_a_finished_run(finished):
@@ -269,7 +272,7 @@ def test_disk_of_a_finished_run(finished):
     snakemake.utils.update_config(config, yaml.safe_load((ROOT / "tests/config.yaml").read_text()))
     config = complete(config, ROOT / "schemas/config.schema.yaml")
     base = (MICRO_BASE / "model.safetensors").stat().st_size
-    guess = estimate.disk(shapes.Shape.of(memory.MICRO), config, base)
+    guess = estimate.disk(model_shapes.Shape.of(memory.MICRO), config, base)
     files = {
         "base model": "results/tests/base/*.safetensors",
         "merged model": "results/tests/merged/*.safetensors",
@@ -296,9 +299,9 @@ def test_requests_grow_with_attempts_and_never_fall_below_what_starting_takes():
         if stage in ("common", "plan"):
             continue
         for what, least in (("mem_mb", 1000), ("runtime", 30)):
-            first = requests.request(config, stage, what)
+            first = job_resources.request(config, stage, what)
             assert first >= least
-            assert requests.request(config, stage, what, 2) == round(1.5 * first)
+            assert job_resources.request(config, stage, what, 2) == round(1.5 * first)
 
 
 def test_a_model_too_large_for_one_gpu_is_spread():
@@ -307,12 +310,12 @@ def test_a_model_too_large_for_one_gpu_is_spread():
     config["evaluation"]["passkey"]["lengths"] = [32768]
     for name, count in {"llama-2-7b": 1, "llama-2-70b": 4, "smollm2-135m": 1}.items():
         config["model"] = config["model"] | {"source": "owner/name", "shape": name}
-        assert requests.request(config, "passkey", "gpu") == count
-    assert requests.request(configuration(), "passkey", "gpu") == 0
+        assert job_resources.request(config, "passkey", "gpu") == count
+    assert job_resources.request(configuration(), "passkey", "gpu") == 0
 
 
 def test_an_unknown_shape_gets_the_stated_default():
     config = configuration()
     config["model"] = config["model"] | {"source": "owner/name"}
     for stage in ("train", "merge", "perplexity"):
-        assert requests.request(config, stage, "mem_mb") == requests.UNKNOWN["mem_mb"]
+        assert job_resources.request(config, stage, "mem_mb") == job_resources.UNKNOWN["mem_mb"]

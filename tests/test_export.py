@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import transformers4
+import transformers4_environment
 import yaml
 from conftest import ROOT
 from stages import MICRO_BASE, bring, edit_json, one_sentence, refusal, run
@@ -16,7 +16,10 @@ from test_families import FULL, LLAMA_3_1, small
 import export
 import merge
 import patch_rope
-from longyarn import card, legacy, manifest
+from longyarn.core import manifest
+from longyarn.core.files import read_json, sha256, write_json
+from longyarn.reporting import model_card
+from longyarn.rope import transformers4
 
 SETTINGS = {"name": None, "license": None, "language": None}
 NONE = dict.fromkeys(("perplexity_ratio", "retention_ratio", "passkey_rate", "merge_error"))
@@ -123,7 +126,7 @@ def both(finished, tmp_path_factory):
         places[name] = (made / "export", made / "rope.json")
     asked, ours = {}, {}
     for name, (directory, _) in places.items():
-        settings = manifest.read_json(directory / "config.json")
+        settings = read_json(directory / "config.json")
         count = 1000 if settings["max_position_embeddings"] == 1024 else 500
         seeded = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, settings["vocab_size"], (1, count), generator=seeded)
@@ -133,7 +136,7 @@ def both(finished, tmp_path_factory):
             ours[name] = model(input_ids=tokens, use_cache=False).logits[0]
         if (directory / "tokenizer.json").is_file():
             asked[name]["text"] = TEXT
-    logits, facts = transformers4.run(asked, root / "transformers4")
+    logits, facts = transformers4_environment.run(asked, root / "transformers4")
     ids = AutoTokenizer.from_pretrained(results / "merged")(TEXT).input_ids
     ropes = {name: manifest.read_facts(rope) for name, (_, rope) in places.items()}
     return {"ours": ours, "theirs": logits, "facts": facts, "ropes": ropes, "ids": ids}
@@ -168,7 +171,7 @@ def test_the_run_exports_the_merged_model_without_a_second_copy(finished):
     made = finished.directory / "results/tests"
     record = manifest.read(made / "export.json")
     for name, entry in record["files"].items():
-        assert manifest.sha256(made / name) == entry["sha256"]
+        assert sha256(made / name) == entry["sha256"]
     weights = [made / part / "model.safetensors" for part in ("merged", "export")]
     assert os.path.samefile(*weights)
     for small_file in ("tokenizer.json", "generation_config.json"):
@@ -176,7 +179,7 @@ def test_the_run_exports_the_merged_model_without_a_second_copy(finished):
             made / "merged" / small_file
         ).read_bytes()
         assert not os.path.samefile(made / "export" / small_file, made / "merged" / small_file)
-    config = manifest.read_json(made / "export/config.json")
+    config = read_json(made / "export/config.json")
     facts = manifest.read_facts(made / "rope/yarn.json")
     assert config["rope_parameters"] == facts["rope_parameters"]
     assert config["rope_scaling"] | {"rope_theta": config["rope_theta"]} == facts["rope_parameters"]
@@ -189,11 +192,11 @@ def test_the_run_exports_the_merged_model_without_a_second_copy(finished):
 def test_generation_settings_are_written_where_there_are_none(finished, tmp_path):
     made = of_micro(tmp_path / "made", {"method": "none"}, pad_token_id=7)
     (made / "merged/generation_config.json").unlink()
-    record = manifest.read_json(made / "merged.json")
+    record = read_json(made / "merged.json")
     del record["files"]["merged/generation_config.json"]
-    manifest.write_json(made / "merged.json", record)
+    write_json(made / "merged.json", record)
     run(export, *arguments(made, finished.directory / "results/tests/report.json"))
-    written = manifest.read_json(made / "export/generation_config.json")
+    written = read_json(made / "export/generation_config.json")
     assert written == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 7}
 
 
@@ -214,8 +217,10 @@ def test_another_rope_than_the_models_is_refused(finished, extended, tmp_path):
 
 def test_old_keys_that_would_win_and_are_wrong_stop_the_stage(finished, extended, monkeypatch):
     """A fault planted in what is written: transformers 5 prefers the old form, so the check must see it."""
-    right = legacy.rope_keys
-    monkeypatch.setattr(legacy, "rope_keys", lambda *given: right(*given) | {"rope_theta": 20000.0})
+    right = transformers4.rope_keys
+    monkeypatch.setattr(
+        transformers4, "rope_keys", lambda *given: right(*given) | {"rope_theta": 20000.0}
+    )
     report = finished.directory / "results/tests/report.json"
     sentence = refusal(export, *arguments(extended, report))
     assert "a llama model would not run as it was trained" in sentence and "20000.0" in sentence
@@ -224,8 +229,8 @@ def test_old_keys_that_would_win_and_are_wrong_stop_the_stage(finished, extended
 
 def test_a_family_that_transformers_4_runs_unscaled_gets_no_old_keys():
     scaled = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    assert legacy.rope_keys("nemotron", scaled) == {}
-    assert legacy.rope_keys("nemotron", {"rope_type": "default", "rope_theta": 2e4}) == {
+    assert transformers4.rope_keys("nemotron", scaled) == {}
+    assert transformers4.rope_keys("nemotron", {"rope_type": "default", "rope_theta": 2e4}) == {
         "rope_theta": 2e4
     }
 
@@ -236,16 +241,16 @@ def test_a_size_of_heads_that_a_config_computes_is_not_written():
 
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     loaded = FalconConfig(alibi=False)
-    found = legacy.with_old_keys({"model_type": "falcon"}, rope, loaded)
+    found = transformers4.with_old_keys({"model_type": "falcon"}, rope, loaded)
     assert "head_dim" not in found and found["rope_scaling"]["factor"] == 2.0
     assert FalconConfig.from_dict(found).rope_parameters == rope
 
 
 def test_a_tokenizers_own_tokens_have_the_old_name():
-    found = legacy.tokenizer_keys({"tokenizer_class": "T", "extra_special_tokens": ["<a>"]})
+    found = transformers4.tokenizer_keys({"tokenizer_class": "T", "extra_special_tokens": ["<a>"]})
     assert found == {"tokenizer_class": "T", "additional_special_tokens": ["<a>"]}
     by_name = {"extra_special_tokens": {"image_token": "<i>"}}
-    assert legacy.tokenizer_keys(by_name) == by_name
+    assert transformers4.tokenizer_keys(by_name) == by_name
 
 
 # The card.
@@ -263,7 +268,7 @@ def front(text: str) -> dict:
 def test_the_card_of_the_run(finished):
     made = finished.directory / "results/tests"
     text = (made / "export/README.md").read_text()
-    report = manifest.read_json(made / "report.json")
+    report = read_json(made / "report.json")
     data = front(text)
     assert data["license"] == "other" and data["pipeline_tag"] == "text-generation"
     assert "base_model" not in data  # a directory is nothing to link to
@@ -284,7 +289,7 @@ def test_the_card_of_the_run(finished):
     for sentence in (report["verdict"]["sentence"], *report["warnings"]):
         assert sentence in text
     assert report["model"]["disclosure"] in text
-    assert card.figure(report["perplexity"]["base"]["1024"]) in text
+    assert model_card.figure(report["perplexity"]["base"]["1024"]) in text
     assert "No threshold was asked of it" in text
     assert '"seed": 0' in text and report["code"]["train"] in text
     assert str(finished.directory) not in text and "202" not in text.split("## To make it")[0]
@@ -292,24 +297,24 @@ def test_the_card_of_the_run(finished):
 
 def test_the_card_is_the_same_for_equal_figures(finished, extended, tmp_path):
     """All but the timings of a report, which differ from run to run, can be in it."""
-    report = manifest.read_json(finished.directory / "results/tests/report.json")
+    report = read_json(finished.directory / "results/tests/report.json")
     cards = []
     for seconds in (1.0, 2.0):
         report["timings"] = {"train": {"seconds": seconds, "peak_memory_mb": None}}
-        manifest.write_json(tmp_path / "report.json", report)
+        write_json(tmp_path / "report.json", report)
         run(export, *arguments(extended, tmp_path / "report.json"))
         cards.append((extended / "export/README.md").read_bytes())
     assert cards[0] == cards[1]
 
 
 def test_what_comes_from_the_hub_is_linked(finished, tmp_path):
-    report = manifest.read_json(finished.directory / "results/tests/report.json")
+    report = read_json(finished.directory / "results/tests/report.json")
     report["model"] |= {"source": "an/Owl-7b", "revision": "0" * 40}
     for collection in report["corpus"]["collections"].values():
         collection |= {"source": f"books/pg | {'1' * 40}", "licence": "by | sa"}
     report["corpus"]["collections"]["pg"] = {"source": f"books/pg at {'1' * 40}"}
-    settings = {"name": card.default_name(report), "license": "llama2", "language": ["en"]}
-    text = card.text(ROOT / "resources/card.md.jinja", report, [], settings)
+    settings = {"name": model_card.default_name(report), "license": "llama2", "language": ["en"]}
+    text = model_card.text(ROOT / "resources/card.md.jinja", report, [], settings)
     data = front(text)
     assert data["base_model"] == "an/Owl-7b" and data["base_model_relation"] == "finetune"
     assert data["datasets"] == ["books/pg"] and data["language"] == ["en"]
@@ -319,11 +324,11 @@ def test_what_comes_from_the_hub_is_linked(finished, tmp_path):
 
 def test_the_card_says_on_what_length_and_counts_what_was_scored(finished):
     """Not that it trained at the target where the sequences are shorter."""
-    report = manifest.read_json(finished.directory / "results/tests/report.json")
+    report = read_json(finished.directory / "results/tests/report.json")
     settings = SETTINGS | {"name": "owl"}
 
     def text() -> str:
-        return card.text(ROOT / "resources/card.md.jinja", report, [], settings)
+        return model_card.text(ROOT / "resources/card.md.jinja", report, [], settings)
 
     assert "and trained at that length." in text()
     scored = len([one for one in report["held_out"] if one["scored"]])

@@ -15,8 +15,8 @@ from conftest import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import export_axolotl
-from longyarn import manifest
-from longyarn.attention import NAME
+from longyarn.core import manifest
+from longyarn.training.document_attention import NAME
 
 REQUIREMENTS = ROOT / "tests/axolotl/requirements.txt"
 PLACE = ROOT / ".cache/axolotl"

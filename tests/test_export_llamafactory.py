@@ -14,10 +14,13 @@ from conftest import ROOT
 from transformers import AutoConfig
 
 import export_llamafactory
-from longyarn import legacy, manifest
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import llamafactory
+
+from longyarn.core import manifest
+from longyarn.core.files import read_json
+from longyarn.rope import transformers4
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def test_the_model_is_the_base_with_its_new_rope(made):
     assert config.rope_parameters == rope["rope_parameters"]
     assert config.max_position_embeddings == rope["max_position_embeddings"]
     # What LLaMA-Factory on transformers 4 reads.
-    old = manifest.read_json(output / "model/config.json")
+    old = read_json(output / "model/config.json")
     assert old["rope_scaling"] | {"rope_theta": old["rope_theta"]} == rope["rope_parameters"]
     own, base = output / "model/model.safetensors", made / "base/model.safetensors"
     assert own.samefile(base)  # linked, not copied
@@ -68,9 +71,9 @@ def test_the_model_is_the_base_with_its_new_rope(made):
 
 
 def test_a_family_without_an_older_form_is_warned_of(made, monkeypatch, capsys):
-    monkeypatch.setattr(legacy, "UNSCALED", ("llama",))
+    monkeypatch.setattr(transformers4, "UNSCALED", ("llama",))
     output = exports.export(export_llamafactory, made)
-    assert "rope_scaling" not in manifest.read_json(output / "model/config.json")
+    assert "rope_scaling" not in read_json(output / "model/config.json")
     said = "has no scaled RoPE for models of type llama"
     assert said in capsys.readouterr().err
     assert (

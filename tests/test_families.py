@@ -23,8 +23,9 @@ import torch
 
 import merge
 import patch_rope
-from longyarn import manifest, models
-from longyarn.cli import program
+from longyarn.core import manifest
+from longyarn.core.errors import program
+from longyarn.models import loading
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ROOT / "tests" / "families"
@@ -301,7 +302,7 @@ def test_applied_at_load_it_is_the_same(name, tmp_path):
 
 def load(run: Path):
     """Return the configuration that every later stage loads."""
-    return models.load_config(run / "base", run / "rope.json")
+    return loading.load_config(run / "base", run / "rope.json")
 
 
 def compare_with_transformers(facts: dict, run: Path) -> None:
@@ -368,7 +369,7 @@ def small(name: str, directory: Path, settings: dict, **sizes):
     AutoModelForCausalLM.from_config(config).save_pretrained(directory / "weights")
     facts, said = outcome(name, settings, directory / "run", directory / "weights" / "config.json")
     assert facts is not None, said
-    model = models.load_model(
+    model = loading.load_model(
         directory / "weights", directory / "run" / "rope.json", dtype="fp32", attention="sdpa"
     )
     return model.eval(), facts

@@ -9,8 +9,11 @@ from test_config import refusal as config_refusal
 from test_report import FOUND, GOOD, shown
 
 import gate
-from longyarn import manifest, thresholds, verdict
-from longyarn.cli import UserError
+from longyarn.config import thresholds
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.core.files import sha256, write_json
+from longyarn.reporting import verdict
 
 ASKED = {"perplexity_ratio": 1.0, "retention_ratio": 1.03, "passkey_rate": 0.95, "merge_error": 0.5}
 NONE = dict.fromkeys(ASKED)
@@ -19,9 +22,9 @@ NONE = dict.fromkeys(ASKED)
 def made(directory, asked: dict, error: float = 0.25, **figures) -> list:
     """Write a report and a merge manifest with these figures; return the gate's arguments."""
     judged = verdict.judge(shown(**figures), asked)
-    manifest.write_json(directory / "report.json", {"verdict": judged})
+    write_json(directory / "report.json", {"verdict": judged})
     facts = {"merge_error": error, "merge_error_tensor": "norm.weight"}
-    manifest.write_json(directory / "merged.json", {"facts": facts})
+    write_json(directory / "merged.json", {"facts": facts})
     return [
         "--report", directory / "report.json", "--merge", directory / "merged.json",
         "--thresholds", json.dumps(asked), "--mark", directory / "NOT_VERIFIED.txt",
@@ -36,7 +39,7 @@ def test_a_run_within_all_thresholds_passes_and_its_mark_goes(tmp_path):
     assert not mark.exists()
     found = manifest.read(tmp_path / "verified.json")
     assert found["settings"] == ASKED
-    assert found["inputs"] == {"merge": manifest.sha256(tmp_path / "merged.json")}
+    assert found["inputs"] == {"merge": sha256(tmp_path / "merged.json")}
     assert [one["threshold"] for one in found["facts"]["compared"]] == list(ASKED)
     assert all(one["passed"] for one in found["facts"]["compared"])
 

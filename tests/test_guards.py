@@ -7,10 +7,10 @@ import torch
 from stages import make_model, one_sentence
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from longyarn import guards
-from longyarn.cli import UserError
-from longyarn.guards import Guards
-from longyarn.trainer import Trainer
+from longyarn.core.errors import UserError
+from longyarn.training import guards
+from longyarn.training.guards import Guards
+from longyarn.training.trainer import Trainer
 
 STEPS = 4
 

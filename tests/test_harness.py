@@ -11,8 +11,9 @@ from stages import MICRO_BASE, bring, refusal, run
 
 import harness
 import patch_rope
-from longyarn import evaluation, manifest
-from longyarn.cli import UserError
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.evaluation import variant_model
 
 pytest.importorskip("lm_eval", reason="needs `make setup-harness`")
 
@@ -68,7 +69,7 @@ def test_each_length_has_its_examples_and_no_prompt_is_cut(
     brought, tmp_path, monkeypatch, environment
 ):
     """The base's 512 positions alone would have lm_eval keep the last tokens of each prompt."""
-    prompts, load = [], evaluation.load
+    prompts, load = [], variant_model.load
 
     def watched(arguments):
         model = load(arguments)
@@ -76,7 +77,7 @@ def test_each_length_has_its_examples_and_no_prompt_is_cut(
         model.register_forward_pre_hook(see, with_kwargs=True)
         return model
 
-    monkeypatch.setattr(evaluation, "load", watched)
+    monkeypatch.setattr(variant_model, "load", watched)
     more = ["--tasks", "niah_single_1", "--lengths", 1024, 2048, "--limit", 2]
     run(harness, *options(brought, "none", tmp_path / "result.json", *more))
     found = manifest.read(tmp_path / "result.json")

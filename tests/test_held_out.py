@@ -10,13 +10,14 @@ from safetensors.numpy import save_file
 from stages import make_model
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
-from longyarn import held_out, manifest
-from longyarn.cli import UserError
-from longyarn.guards import Guards
-from longyarn.held_out import HeldOut
-from longyarn.metrics import Metrics
-from longyarn.tokens import HELD_OUT, TRAINING, held_out_documents
-from longyarn.trainer import Trainer
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.data.token_store import HELD_OUT, TRAINING, held_out_documents
+from longyarn.training import held_out_loss
+from longyarn.training.guards import Guards
+from longyarn.training.held_out_loss import HeldOut
+from longyarn.training.metrics import Metrics
+from longyarn.training.trainer import Trainer
 
 VOCABULARY = 64
 
@@ -50,7 +51,7 @@ def by_hand(model, ids: np.ndarray, length: int, tile: int) -> list[float]:
 def test_losses_equal_those_of_single_tokens(directory, lengths):
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     watch = HeldOut(documents(24, 23, 30), lengths, 1, None, log=dict)
-    found = held_out.losses(model, watch.documents, lengths, torch.device("cpu"))
+    found = held_out_loss.losses(model, watch.documents, lengths, torch.device("cpu"))
     assert [len(ids) for ids in watch.documents] == [24, 24]  # the second is too short
     for length in lengths:
         with torch.no_grad():
@@ -73,7 +74,7 @@ def test_no_random_number_is_drawn_and_modes_stay(directory):
     before = {name: module.training for name, module in model.named_modules()}
     states = (random.getstate(), str(np.random.get_state()), torch.get_rng_state())
     first, second = (
-        held_out.losses(model, documents(24), (8, 24), torch.device("cpu")) for _ in range(2)
+        held_out_loss.losses(model, documents(24), (8, 24), torch.device("cpu")) for _ in range(2)
     )
     assert first == second  # dropout was off
     assert before == {name: module.training for name, module in model.named_modules()}
@@ -128,7 +129,7 @@ def test_measured_before_every_so_many_steps_and_at_the_end(directory, tmp_path,
     assert capsys.readouterr().err.count("train: held-out loss ") == 4
     # The last entry is of the last weights.
     own = [ids[:32] for ids in documents(32, 40)]
-    twice = held_out.losses(trainer.model, own, (8, 32), torch.device("cpu"))
+    twice = held_out_loss.losses(trainer.model, own, (8, 32), torch.device("cpu"))
     assert (lines[-2] | lines[-1])["held_out_32"] == pytest.approx(twice[32], abs=1e-6)
 
 
@@ -145,7 +146,7 @@ def test_measuring_changes_no_weight(directory, tmp_path):
 def scripted(monkeypatch, course: dict[int, float], trainer) -> None:
     """Let the measurement at each step find the loss that ``course`` has for it."""
     monkeypatch.setattr(
-        held_out,
+        held_out_loss,
         "losses",
         lambda *_: dict.fromkeys((8, 32), course[trainer.state.global_step]),
     )

@@ -123,7 +123,7 @@ def test_the_chain_with_a_sharded_model_from_the_hub(hub, workspace, tmp_path, m
     """A branch, a connection that is cut, files of three formats, and every stage to the report."""
     from transformers import LlamaForCausalLM
 
-    from longyarn import manifest
+    from longyarn.core import manifest
 
     source = tmp_path / "repository"
     LlamaForCausalLM.from_pretrained(MICRO_BASE).save_pretrained(source, max_shard_size="1MB")

@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longyarn import losses, models
-from longyarn.cli import UserError
+from longyarn.core.errors import UserError
+from longyarn.models.logits import AFTER_THE_HEAD
+from longyarn.training import chunked_loss
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -23,7 +24,7 @@ def pair(chunk: int = 7, bias: bool = False, **changes):
     if bias:
         stock.lm_head = torch.nn.Linear(SIZES["hidden_size"], SIZES["vocab_size"])
     chunked = copy.deepcopy(stock)
-    losses.attach(chunked, chunk)
+    chunked_loss.attach(chunked, chunk)
     return stock, chunked
 
 
@@ -133,7 +134,7 @@ def test_the_head_is_the_one_that_peft_trains(tied, whole):
                 if "modules_to_save" in name:
                     parameter.mul_(2)
     stock, chunked = models
-    losses.attach(chunked, 7)
+    chunked_loss.attach(chunked, 7)
     same_loss_and_gradients(stock, chunked, **batch())
 
 
@@ -150,12 +151,12 @@ def test_with_no_label_at_all_the_loss_is_nought():
     assert float(loss) == 0
     loss.backward()
     # As the Trainer counts them, over the accumulated batch.
-    assert float(losses.normalise(torch.zeros(()), None, 97, torch.tensor(0))) == 0
+    assert float(chunked_loss.normalise(torch.zeros(()), None, 97, torch.tensor(0))) == 0
 
 
-@pytest.mark.parametrize("key", list(models.AFTER_THE_HEAD))
+@pytest.mark.parametrize("key", list(AFTER_THE_HEAD))
 def test_a_model_that_changes_its_logits_is_refused(key):
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     setattr(model.config, key, 30.0)
     with pytest.raises(UserError, match=f"{key} changes its logits"):
-        losses.attach(model)
+        chunked_loss.attach(model)

@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from stages import small_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from longyarn import deltas, manifest, models
+from longyarn.core import manifest
+from longyarn.models import loading, lora_files
+from longyarn.models.rope_checks import check_rotation
 
 IDS = torch.arange(200)[None] % 97
 
 
 def test_merged_logits_equal_base_plus_adapter(finished):
     run = finished.directory / "results" / "tests"
-    base = models.load_model(run / "base", run / "rope/yarn.json", dtype="fp32", attention="sdpa")
+    base = loading.load_model(run / "base", run / "rope/yarn.json", dtype="fp32", attention="sdpa")
     with torch.no_grad():
         untrained = base(IDS).logits
         adapted = PeftModel.from_pretrained(base, run / "trained").eval()(IDS).logits
@@ -37,7 +39,7 @@ def test_merged_directory_loads_alone_and_carries_its_rope(finished):
     model = AutoModelForCausalLM.from_pretrained(run / "merged")
     assert model.config.rope_parameters == facts["rope_parameters"]
     assert model.config.max_position_embeddings == 1024
-    models.check_rotation(model, facts)
+    check_rotation(model, facts)
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     assert tokenizer.model_max_length == 1024
     with open(run / "merged/model.safetensors", "rb") as file:
@@ -73,7 +75,7 @@ def write_manifest(directory, name, facts):
 
 def adapt(directory, **settings):
     """Save an adapter with random weights and return the adapted model's logits."""
-    base = models.load_model(
+    base = loading.load_model(
         directory / "base", directory / "rope.json", dtype="fp32", attention="sdpa"
     )
     adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", **settings))
@@ -140,7 +142,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 def test_a_bfloat16_base_gets_the_rounded_float32_sum(tmp_path, monkeypatch):
     """To the bit, and a block at a time: not the sum of a bfloat16 delta."""
     import merge
-    from longyarn import storage
+    from longyarn.core import tensorfile
 
     monkeypatch.setattr(merge, "BLOCK", 64 * 10)
     torch.manual_seed(0)
@@ -148,9 +150,9 @@ def test_a_bfloat16_base_gets_the_rounded_float32_sum(tmp_path, monkeypatch):
     save_file(tensors, tmp_path / "base.safetensors", {"format": "pt"})
     a, b = torch.randn(8, 64), torch.randn(64, 8)
     save_file({"a": a, "b": b}, tmp_path / "adapter.safetensors")
-    places = storage.header(tmp_path / "adapter.safetensors")
+    places = tensorfile.header(tmp_path / "adapter.safetensors")
     change = functools.partial(
-        deltas.load_sum, tmp_path / "adapter.safetensors", places["a"], places["b"], 0.01
+        lora_files.load_sum, tmp_path / "adapter.safetensors", places["a"], places["b"], 0.01
     )
     target = tmp_path / "merged.safetensors"
     file = tmp_path / "base.safetensors"
@@ -183,7 +185,7 @@ def test_cast_to_another_type(tmp_path, dtype):
     done = merge(tmp_path, "--dtype", dtype)
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert model.dtype == models.torch_dtype(dtype)
+    assert model.dtype == loading.torch_dtype(dtype)
     with torch.no_grad():
         assert (model(IDS).logits - expected).abs().max() < 0.05 * expected.abs().max()
     index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
@@ -240,10 +242,10 @@ def test_killed_half_way_it_goes_on_to_the_same_model(tmp_path):
     # Killed as a shard's last byte is about to be written under its name.
     code = (
         "import os, sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'merge.py'\n"
-        "import merge\nfrom longyarn import storage\nwrite, count = storage.write, [0]\n"
+        "import merge\nfrom longyarn.core import tensorfile\nwrite, count = tensorfile.write, [0]\n"
         "def counted(*given):\n    count[0] += 1\n"
         "    os._exit(9) if count[0] == 3 else write(*given)\n"
-        "storage.write = counted\nmerge.main()\n"
+        "tensorfile.write = counted\nmerge.main()\n"
     )
     command = [str(part) for part in arguments_of(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, str(ROOT / "scripts"), *command])
@@ -266,7 +268,7 @@ def test_a_disk_that_fills_up(tmp_path):
     adapt(tmp_path, r=4)
     unaware = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'merge.py'\n"
-        "import merge\nfrom longyarn.cli import program\n"
+        "import merge\nfrom longyarn.core.errors import program\n"
         "merge.require_space = lambda *given: None\nprogram(merge.main)()\n"
     )
     with small_disk(tmp_path / "small", 1) as small:

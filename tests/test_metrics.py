@@ -15,8 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from longyarn import metrics
-from longyarn.metrics import Metrics
+from longyarn.training import metrics
+from longyarn.training.metrics import Metrics
 
 
 def arguments_of(directory, **changes) -> TrainingArguments:

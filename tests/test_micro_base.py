@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import micro_base
 import passkey
-from longyarn import prefixes
-from longyarn.tokens import held_out_documents
-from longyarn.windows import window_losses
+from longyarn.data.token_store import held_out_documents
+from longyarn.evaluation import shared_prefixes
+from longyarn.evaluation.window_losses import window_losses
 
 BASE = ROOT / "resources" / "micro-base"
 
@@ -54,7 +54,7 @@ def test_it_was_trained_without_the_held_out_books():
 
 
 def test_it_retrieves_within_its_window(model, tokenizer):
-    reader, found = prefixes.Reader(model), []
+    reader, found = shared_prefixes.Reader(model), []
     filler = passkey.read_haystack(tokenizer, None)
     for length in (128, 256, 512):
         for depth in (0.1, 0.5, 0.9):

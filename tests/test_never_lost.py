@@ -10,7 +10,7 @@ import pytest
 from stages import one_sentence, small_disk
 from training_runs import command, make_inputs, settings, train
 
-from longyarn import manifest
+from longyarn.core.files import sha256
 
 STEPS = 10
 DROPOUT = {"rank": 4, "dropout": 0.1}  # so that the state of the random generators counts
@@ -21,7 +21,7 @@ def of_ten_steps(**changes) -> dict:
 
 
 def weights(output) -> str:
-    return manifest.sha256(output / "trained" / "adapter_model.safetensors")
+    return sha256(output / "trained" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import pack
 import tokenise
-from longyarn import batches, manifest, packing
-from longyarn.cli import UserError
-from longyarn.sequences import Packed
-from longyarn.tokens import TRAINING, Tokens
+from longyarn.config import derived
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.core.files import write_json
+from longyarn.data import packing
+from longyarn.data.packed_dataset import Packed
+from longyarn.data.token_store import TRAINING, Tokens
 
 LENGTH = 64
 
@@ -352,9 +355,9 @@ def test_too_little_for_the_steps_says_how_much_is_missing():
     with pytest.raises(
         UserError, match="reads 640 tokens, but the pack holds 576: 64 tokens are m"
     ):
-        batches.require_enough(9, 64, 640, False)
-    batches.require_enough(9, 64, 640, True)
-    batches.require_enough(10, 64, 640, False)
+        derived.require_enough(9, 64, 640, False)
+    derived.require_enough(9, 64, 640, True)
+    derived.require_enough(10, 64, 640, False)
 
 
 # The stage itself.
@@ -363,7 +366,7 @@ def test_too_little_for_the_steps_says_how_much_is_missing():
 def packed(directory, *more) -> list:
     """Write RoPE settings and return the arguments of the stage."""
     rope = {"original_max_position_embeddings": 128, "max_position_embeddings": 512}
-    manifest.write_json(directory / "rope.json", {"facts": rope, "files": {}})
+    write_json(directory / "rope.json", {"facts": rope, "files": {}})
     return [
         "--tokens", directory / "tokens.json", "--rope", directory / "rope.json", "--seed", 0,
         "--document-masks", "--manifest", directory / "pack.json", "--output", directory / "pack",

@@ -6,8 +6,9 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import passkey
-from longyarn import manifest, prefixes, statistics
-from longyarn.cli import UserError
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.evaluation import intervals, shared_prefixes
 
 BASE = ROOT / "resources" / "micro-base"
 
@@ -124,7 +125,7 @@ def test_keys_depend_on_the_cell_and_the_seed_alone():
 def test_success_is_what_generate_gives(tokenizer, filler, needles):
     """Greedy decoding, token by token, against one teacher-forced pass; both outcomes occur."""
     model = AutoModelForCausalLM.from_pretrained(BASE).eval()
-    reader = prefixes.Reader(model)
+    reader = shared_prefixes.Reader(model)
     cells = [(length, depth) for length in (160, 256, 512, 1536) for depth in (0.1, 0.9)]
     prompts = {
         cell: [
@@ -163,10 +164,10 @@ def test_too_short_a_length_is_refused(tokenizer, filler):
 
 def test_wilson_interval():
     """Values as in Newcombe 1998 (Statistics in Medicine 17), table I, method 3."""
-    assert statistics.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert statistics.wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert statistics.wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
-    assert statistics.wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    assert intervals.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert intervals.wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert intervals.wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
+    assert intervals.wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
 
 
 def test_the_stage_fills_the_grid(finished):

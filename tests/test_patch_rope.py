@@ -16,8 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import patch_rope
-from longyarn import manifest, models, rope
-from longyarn.cli import UserError
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.models import loading
+from longyarn.models.rope_checks import check_rotation
+from longyarn.rope.extend import extend
+from longyarn.rope.frequencies import attention_factor, inverse_frequencies, ramp_limits
+from longyarn.rope.parameters import check_parameters
 
 FACTORS, THETAS, HEADS = (2, 8, 16, 32), (1e4, 5e5, 1e6), (32, 64, 128)
 GRID = [(s, theta, d) for s in FACTORS for theta in THETAS for d in HEADS]
@@ -70,7 +75,7 @@ def llama(dim=128, theta=1e4, length=4096, **more):
 
 
 def extended(method, factor=8, theta=1e4, dim=128, length=4096, **more):
-    parameters, _, _ = rope.extend(
+    parameters, _, _ = extend(
         {"rope_type": "default", "rope_theta": theta},
         method=method,
         max_position_embeddings=length,
@@ -84,7 +89,7 @@ def extended(method, factor=8, theta=1e4, dim=128, length=4096, **more):
 @pytest.mark.parametrize(("factor", "theta", "dim"), GRID)
 def test_yarn_equals_the_reference(factor, theta, dim):
     parameters = extended("yarn", factor, theta, dim)
-    ours, scale = rope.inverse_frequencies(parameters, dim)
+    ours, scale = inverse_frequencies(parameters, dim)
     expected, expected_scale = reference_yarn(factor, theta, dim, 4096)
     np.testing.assert_allclose(ours, expected, rtol=1e-12)
     assert scale == pytest.approx(expected_scale, rel=1e-12)
@@ -102,24 +107,24 @@ def test_equals_transformers(method, factor, theta, dim):
         theirs, scale = rotary.inv_freq, rotary.attention_scaling
     else:
         theirs, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu")
-    ours, our_scale = rope.inverse_frequencies(parameters, dim)
+    ours, our_scale = inverse_frequencies(parameters, dim)
     assert theirs.dtype == torch.float32
     np.testing.assert_allclose(theirs.double().numpy(), ours, rtol=1e-6)
     assert our_scale == pytest.approx(scale, rel=1e-6)
 
 
 def test_llama_2_ramps_between_20_and_46():
-    assert rope.ramp_limits(extended("yarn"), 128) == (20, 46)
+    assert ramp_limits(extended("yarn"), 128) == (20, 46)
 
 
 def test_a_wrong_original_length_moves_the_ramp():
     wrong = extended("yarn") | {"original_max_position_embeddings": 32768}
-    assert rope.ramp_limits(wrong, 128) == (35, 60)
+    assert ramp_limits(wrong, 128) == (35, 60)
 
 
 def test_distance_from_the_papers_ramp():
     """The figures that docs/rope.md shows: Llama-2, s = 8."""
-    ours, _ = rope.inverse_frequencies(extended("yarn"), 128)
+    ours, _ = inverse_frequencies(extended("yarn"), 128)
     paper = paper_yarn(8, 1e4, 128, 4096)
     distance = np.abs(paper / ours - 1)
     assert round(100 * distance.max()) == 57
@@ -129,13 +134,13 @@ def test_distance_from_the_papers_ramp():
 
 
 def test_attention_factor_at_8():
-    assert rope.inverse_frequencies(extended("yarn"), 128)[1] == pytest.approx(1.2079, abs=5e-5)
-    assert rope.attention_factor(extended("yarn", attention_factor=1.0)) == 1.0
+    assert inverse_frequencies(extended("yarn"), 128)[1] == pytest.approx(1.2079, abs=5e-5)
+    assert attention_factor(extended("yarn", attention_factor=1.0)) == 1.0
 
 
 def test_ntk_divides_the_slowest_pair_by_s_and_leaves_the_fastest():
-    ours, scale = rope.inverse_frequencies(extended("ntk"), 128)
-    plain, _ = rope.inverse_frequencies({"rope_type": "default", "rope_theta": 1e4}, 128)
+    ours, scale = inverse_frequencies(extended("ntk"), 128)
+    plain, _ = inverse_frequencies({"rope_type": "default", "rope_theta": 1e4}, 128)
     assert plain[-1] / ours[-1] == pytest.approx(8, rel=1e-9)
     assert ours[0] == plain[0]
     assert scale == 1.0
@@ -165,7 +170,7 @@ def test_llama_3_equals_the_reference(dim, factor, low, high):
         "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": low,
         "high_freq_factor": high, "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    ours, scale = rope.inverse_frequencies(parameters, dim)
+    ours, scale = inverse_frequencies(parameters, dim)
     expected = reference_llama_3(5e5, dim, factor, low, high, 8192)
     np.testing.assert_allclose(ours, expected, rtol=1e-12)
     assert scale == 1
@@ -187,7 +192,7 @@ def test_llama_3_equals_the_reference(dim, factor, low, high):
 def test_contradictions_are_refused(change, words):
     settings = {"method": "yarn", "target_length": 32768} | change
     with pytest.raises(UserError) as error:
-        rope.extend(
+        extend(
             {"rope_type": "default", "rope_theta": 1e4},
             max_position_embeddings=4096,
             rotary_dim=128,
@@ -198,7 +203,7 @@ def test_contradictions_are_refused(change, words):
 
 def test_a_reason_lets_the_stated_original_length_win():
     """Mistral v0.1 says 32768 where YaRN used 8192."""
-    parameters, factor, original = rope.extend(
+    parameters, factor, original = extend(
         {"rope_type": "default", "rope_theta": 1e4},
         method="yarn",
         max_position_embeddings=32768,
@@ -225,7 +230,7 @@ def test_a_reason_lets_the_stated_original_length_win():
 )
 def test_parameters_that_could_be_misread_are_refused(parameters, word):
     with pytest.raises(UserError, match=word):
-        rope.check_parameters(parameters)
+        check_parameters(parameters)
 
 
 # The stage: written (method A) and at load (method B).
@@ -259,7 +264,7 @@ def patch(base: Path, name: str, **settings):
 
 
 def frequencies_of(path: Path, base: Path):
-    model = models.load_model(base.parent / "base", path, dtype="fp32", attention="sdpa")
+    model = loading.load_model(base.parent / "base", path, dtype="fp32", attention="sdpa")
     return model.model.rotary_emb.inv_freq, model.config
 
 
@@ -299,7 +304,7 @@ def test_a_model_with_code_of_its_own(tmp_path, write_config):
     base = record_base(tmp_path, trust_remote_code=True)
     written, done = patch(base, "rope", write_config=write_config)
     assert done.returncode == 0, done.stderr
-    loaded = models.load_model(
+    loaded = loading.load_model(
         tmp_path / "base", written, dtype="fp32", attention="sdpa", trust_remote_code=True
     )
     assert type(loaded).__name__ == "OwnModel"
@@ -318,7 +323,7 @@ def test_a_changed_config_is_noticed_at_load(tmp_path):
     size = config_path.stat().st_size
     config_path.write_text(json.dumps(json.loads(text), indent=1).ljust(size)[:size])
     with pytest.raises(UserError, match="carries RoPE"):
-        models.load_config(tmp_path / "base", written)
+        loading.load_config(tmp_path / "base", written)
 
 
 def test_rope_set_after_loading_is_noticed(tmp_path):
@@ -328,17 +333,17 @@ def test_rope_set_after_loading_is_noticed(tmp_path):
     model = LlamaForCausalLM(llama(32, length=512))
     model.config.rope_parameters = dict(facts["rope_parameters"])
     with pytest.raises(UserError, match="does not rotate"):
-        models.check_rotation(model, facts)
+        check_rotation(model, facts)
 
 
 def test_rotation_in_bfloat16_is_noticed(tmp_path):
     base = save_base(tmp_path, llama(32, length=512))
     written, _ = patch(base, "a")
-    model = models.load_model(tmp_path / "base", written, dtype="bf16", attention="sdpa")
+    model = loading.load_model(tmp_path / "base", written, dtype="bf16", attention="sdpa")
     assert model.dtype == torch.bfloat16
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.bfloat16()
     with pytest.raises(UserError, match="float32"):
-        models.check_rotation(model, manifest.read(written)["facts"])
+        check_rotation(model, manifest.read(written)["facts"])
 
 
 def test_legacy_rope_scaling_is_read_and_written_in_todays_form(tmp_path):

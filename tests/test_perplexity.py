@@ -10,9 +10,9 @@ from stages import run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import perplexity
-from longyarn import manifest
-from longyarn.cli import UserError
-from longyarn.windows import window_losses
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.evaluation.window_losses import window_losses
 
 LENGTHS = [64, 200, 512]
 SETTINGS = {

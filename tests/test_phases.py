@@ -6,9 +6,14 @@ from safetensors.torch import load_file
 from test_config import DEFAULT, SCHEMA_PATH, changed, refusal
 
 import verify
-from longyarn import config, engine, manifest, requests
-from longyarn.cli import UserError
-from longyarn.sealed import Run
+from longyarn.cluster import job_resources
+from longyarn.config.load import complete
+from longyarn.config.phases import phases
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.core.files import read_json, write_json
+from longyarn.provenance.verification import Run
+from longyarn.training import engine
 
 EARLIER = {
     "rope": {"target_length": 768},
@@ -19,7 +24,7 @@ EARLIER = {
 
 def delta(directory, name: str) -> torch.Tensor:
     """Return what an adapter adds to a matrix, worked out by hand."""
-    record = manifest.read_json(directory / "adapter_config.json")
+    record = read_json(directory / "adapter_config.json")
     adapter = load_file(directory / "adapter_model.safetensors")
     a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     return b @ a * record["lora_alpha"] / record["r"]
@@ -38,14 +43,14 @@ def test_a_phase_starts_from_the_merged_model_of_the_one_before(finished_copy):
     torch.testing.assert_close(last[f"{name}.weight"], base[f"{name}.weight"] + sum(learnt))
 
     factors = {
-        part: manifest.read_json(run / part / "config.json")["rope_parameters"]["factor"]
+        part: read_json(run / part / "config.json")["rope_parameters"]["factor"]
         for part in ("phase-1/merged", "merged")
     }
     assert factors == {"phase-1/merged": 1.5, "merged": 2.0}  # of the model's own 512 positions
-    adapter = manifest.read_json(run / "trained" / "adapter_config.json")
+    adapter = read_json(run / "trained" / "adapter_config.json")
     assert adapter["base_model_name_or_path"] == "phase-1/merged"
 
-    report = manifest.read_json(run / "report.json")
+    report = read_json(run / "report.json")
     assert report["chain"]["broken"] == 0
     (earlier,) = report["phases"]
     assert earlier["rope"]["target_length"] == earlier["mix"]["sequence_length"] == 768
@@ -65,8 +70,8 @@ def test_a_phase_made_anew_with_the_same_weights_is_the_same_start(finished, tmp
     """Settings that only watch are in a phase's manifest, but start nothing anew after it."""
     run = finished.directory / "results" / "tests"
     inputs = {"base": run / "base.json", "rope": run / "rope/yarn.json", "pack": run / "pack.json"}
-    settings = manifest.read_json(run / "trained.json")["settings"]
-    record = manifest.read_json(inputs["base"])
+    settings = read_json(run / "trained.json")["settings"]
+    record = read_json(inputs["base"])
     for name, altered in (
         ("settings", record | {"settings": {"save_steps": 7}, "inputs": {"train": "0" * 64}}),
         (
@@ -75,7 +80,7 @@ def test_a_phase_made_anew_with_the_same_weights_is_the_same_start(finished, tmp
         ),
     ):
         other = tmp_path / f"{name}.json"
-        manifest.write_json(other, altered)
+        write_json(other, altered)
         found = engine.identity(settings, inputs | {"base": other}, run / "trained.json")
         same = found == engine.identity(settings, inputs, run / "trained.json")
         assert same == (name == "settings")
@@ -83,9 +88,9 @@ def test_a_phase_made_anew_with_the_same_weights_is_the_same_start(finished, tmp
 
 def test_a_phase_s_hardware_is_checked_too():
     phase = {"training": {"attention": "flash_attention_2", "precision": "bf16"}}
-    made = config.complete(changed(DEFAULT, "phases", [phase]), SCHEMA_PATH)
+    made = complete(changed(DEFAULT, "phases", [phase]), SCHEMA_PATH)
     with pytest.raises(UserError, match=r"in phase-1 of .* but training\.gpus is 0"):
-        requests.check(made)
+        job_resources.check(made)
 
 
 def test_sequences_can_be_shorter_than_the_target(finished_copy):
@@ -100,7 +105,7 @@ def test_sequences_can_be_shorter_than_the_target(finished_copy):
 
 
 def test_a_phase_has_the_run_s_settings_but_for_its_changes():
-    made = config.phases(DEFAULT | {"phases": [EARLIER, {"training": {"lora": {"rank": 4}}}]})
+    made = phases(DEFAULT | {"phases": [EARLIER, {"training": {"lora": {"rank": 4}}}]})
     assert list(made) == ["phase-1/", "phase-2/", ""]
     assert made["phase-1/"]["rope"] == DEFAULT["rope"] | EARLIER["rope"]
     assert made["phase-2/"]["training"]["lora"] == DEFAULT["training"]["lora"] | {"rank": 4}

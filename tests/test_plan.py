@@ -12,9 +12,9 @@ from conftest import ROOT
 from stages import one_sentence
 
 import plan
-from longyarn import requests
-from longyarn.cli import UserError
-from longyarn.config import complete
+from longyarn.cluster import job_resources
+from longyarn.config.load import complete
+from longyarn.core.errors import UserError
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 needs_plugin = pytest.mark.skipif(
@@ -239,11 +239,11 @@ def test_flash_attention_needs_a_gpu_that_has_it(section, gpu, gpus, precision, 
     flash = {"precision": precision, "attention": "flash_attention_2"}
     config = configuration(overrides | {section: overrides.get(section, {}) | flash})
     if reason is None:
-        requests.check(config)
+        job_resources.check(config)
         return
     reason = rf"^{section}\.attention flash_attention_2 needs .* but {reason.format(section)};"
     with pytest.raises(UserError, match=reason):
-        requests.check(config)
+        job_resources.check(config)
 
 
 def test_a_local_model_with_broken_sizes_is_one_sentence(workspace):

@@ -11,7 +11,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from longyarn import prefixes
+from longyarn.evaluation import shared_prefixes
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -60,9 +60,9 @@ def whole(model, prompts: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("piece", [16, 512])
 def test_logits_equal_those_of_whole_prompts(name, piece, monkeypatch):
-    monkeypatch.setattr(prefixes, "PIECE", piece)
+    monkeypatch.setattr(shared_prefixes, "PIECE", piece)
     model = make(FULL[name])
-    reader = prefixes.Reader(model)
+    reader = shared_prefixes.Reader(model)
     assert reader.obstacle is None
     for prompts in [*trials(), *reversed(trials())]:
         ours, expected = reader.logits(prompts, LAST), whole(model, prompts)
@@ -88,7 +88,7 @@ def tokens_read(model, reader, batches) -> int:
 def test_what_prompts_share_is_read_once():
     model = make(FULL["llama"])
     first, second, third = [0] * 50, [0] * 40 + [1] * 20, [0] * 40 + [2] * 20
-    reader = prefixes.Reader(model)
+    reader = shared_prefixes.Reader(model)
     assert tokens_read(model, reader, [[first]]) == 50
     assert tokens_read(model, reader, [[second, third]]) == 2 * 20
     assert tokens_read(model, reader, [[third]]) == 20
@@ -98,7 +98,7 @@ def test_what_prompts_share_is_read_once():
 @pytest.mark.parametrize("window", [16, 512])
 def test_a_sliding_window_is_read_whole_and_says_so(window):
     model = make(MistralConfig(**SIZES, sliding_window=window))
-    reader = prefixes.Reader(model)
+    reader = shared_prefixes.Reader(model)
     assert "a DynamicSlidingWindowLayer, which cannot be cut back" in reader.obstacle
     for prompts in trials():
         torch.testing.assert_close(reader.logits(prompts, LAST), whole(model, prompts))
@@ -111,4 +111,4 @@ def test_code_that_came_with_a_model_is_read_whole():
 
     Remote.__module__ = "transformers_modules.owner.name"
     torch.manual_seed(0)
-    assert "its code came with the model" in prefixes.Reader(Remote(FULL["llama"])).obstacle
+    assert "its code came with the model" in shared_prefixes.Reader(Remote(FULL["llama"])).obstacle

@@ -19,9 +19,9 @@ import yaml
 from conftest import ROOT, Workspace
 from stages import MICRO_BASE, small_disk
 
-from longyarn import preflight
-from longyarn.cli import UserError
-from longyarn.config import complete
+from longyarn.cluster import preflight
+from longyarn.config.load import complete
+from longyarn.core.errors import UserError
 
 REPEATED = {"allow_repeats": True}
 ON_A_GPU = {"training": {"gpus": 1, "precision": "bf16"}}

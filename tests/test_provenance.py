@@ -12,9 +12,12 @@ from crate import validator
 from stages import edit_json, refusal, sealed_again
 
 import provenance
-from longyarn import config, manifest, runs, seal
-from longyarn.cli import UserError
-from longyarn.sealed import Run
+from longyarn.config.load import complete
+from longyarn.core import manifest, run_directory
+from longyarn.core.errors import UserError
+from longyarn.core.files import sha256
+from longyarn.provenance import checksums
+from longyarn.provenance.verification import Run
 
 PROFILES = ("workflow-run-crate-0.5", "provenance-run-crate-0.5")
 
@@ -36,7 +39,7 @@ def cached(tmp_path_factory):
 
 def graph(directory) -> dict[str, dict]:
     """Return the entities of a run's crate by identifier."""
-    content = json.loads((directory / runs.CRATE).read_text())
+    content = json.loads((directory / run_directory.CRATE).read_text())
     return {entity["@id"]: entity for entity in content["@graph"]}
 
 
@@ -46,9 +49,9 @@ def test_coreutils_accepts_the_seal_and_it_lists_every_file(results):
         cwd=results, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    listed = seal.read(results)
+    listed = checksums.read(results)
     assert list(listed) == sorted(listed)
-    unlisted = set(runs.everything(results)) - set(listed)
+    unlisted = set(run_directory.everything(results)) - set(listed)
     stamps = {name for name in unlisted if name.endswith("/.snakemake_timestamp")}
     assert unlisted - stamps == {
         "SHA256SUMS", "logs/provenance.log", "benchmarks/provenance.tsv",
@@ -59,22 +62,22 @@ def test_names_with_line_ends_and_backslashes_are_written_as_coreutils_does(tmp_
     names = ["plain", "two\nlines", "back\\slash", "space and ünï"]
     for name in names:
         (tmp_path / name).write_text(name)
-    hashes = seal.hashes(tmp_path, names, "hash")
-    text = seal.render(hashes)
+    hashes = checksums.hashes(tmp_path, names, "hash")
+    text = checksums.render(hashes)
     done = subprocess.run(
         ["sha256sum", *sorted(names)], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert text == done.stdout
-    assert seal.parse(text) == hashes
+    assert checksums.parse(text) == hashes
     for broken in (text[:-1], text + "\n", text.replace("plain", "/plain"), text.upper()):
         with pytest.raises(ValueError):
-            seal.parse(broken)
+            checksums.parse(broken)
 
 
 def test_the_configuration_is_whole_and_asks_for_nothing_more(finished, results):
     written = yaml.safe_load((results / "config.yaml").read_text())
     schema = ROOT / "schemas" / "config.schema.yaml"
-    assert config.complete(written, schema) == written
+    assert complete(written, schema) == written
     done = finished.run(["snakemake", "-n", "--configfile", "results/tests/config.yaml"])
     assert "Nothing to be done" in done.stdout
 
@@ -90,7 +93,7 @@ def test_the_workflow_is_what_ran_without_caches(finished, results):
         assert (results / "workflow" / name).read_bytes() == (
             finished.directory / name
         ).read_bytes()
-    names = runs.everything(results / "workflow")
+    names = run_directory.everything(results / "workflow")
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
     # Much of it is the micro base.
     assert sum((results / "workflow" / name).stat().st_size for name in names) < 10e6
@@ -103,10 +106,10 @@ def test_the_crate_is_valid_by_its_profiles(results, cached, profile):
 
 def test_the_validator_would_see_what_is_missing(results, cached, tmp_path):
     missing = {"#job/train": "instrument", "#control/merge": "object"}
-    content = json.loads((results / runs.CRATE).read_text())
+    content = json.loads((results / run_directory.CRATE).read_text())
     for entity in content["@graph"]:
         entity.pop(missing.get(entity["@id"]), None)
-    (tmp_path / runs.CRATE).write_text(json.dumps(content))
+    (tmp_path / run_directory.CRATE).write_text(json.dumps(content))
     found = validator.issues(tmp_path, PROFILES[-1], cached, metadata_only=True)
     for words in ("instrument property that references the executed tool", "tool run via object"):
         assert any(words in issue for issue in found), found
@@ -115,8 +118,8 @@ def test_the_validator_would_see_what_is_missing(results, cached, tmp_path):
 def test_each_job_has_its_script_inputs_outputs_times_and_settings(results):
     entities = graph(results)
     jobs = {name: one for name, one in entities.items() if name.startswith("#job/")}
-    made = runs.manifests(results, runs.everything(results))
-    names = {f"#job/{runs.job_of(name, one['stage'])}" for name, one in made.items()}
+    made = run_directory.manifests(results, run_directory.everything(results))
+    names = {f"#job/{run_directory.job_of(name, one['stage'])}" for name, one in made.items()}
     assert set(jobs) == names - {"#job/provenance"} | {"#job/report"}
 
     job = jobs["#job/train"]
@@ -142,30 +145,30 @@ def test_each_job_has_its_script_inputs_outputs_times_and_settings(results):
 
 
 def test_the_crate_has_the_hash_of_every_file_before_it(results):
-    entities, listed = graph(results), seal.read(results)
+    entities, listed = graph(results), checksums.read(results)
     told = {name: one["sha256"] for name, one in entities.items() if "contentSize" in one}
-    later = {runs.CRATE, runs.PROVENANCE, runs.OWN_RECORD}
+    later = {run_directory.CRATE, run_directory.PROVENANCE, run_directory.OWN_RECORD}
     assert told == {name: digest for name, digest in listed.items() if name not in later}
-    text = (results / runs.CRATE).read_text()
+    text = (results / run_directory.CRATE).read_text()
     assert str(results) not in text and str(ROOT) not in text
 
 
 def test_sealing_again_changes_the_record_of_the_seal_alone(copy):
     sealed_again(copy)  # with the workflow of this repository, as below
-    before = seal.read(copy)
+    before = checksums.read(copy)
     sealed_again(copy)
-    after = seal.read(copy)
+    after = checksums.read(copy)
     assert before.keys() == after.keys()
-    assert {name for name in before if before[name] != after[name]} <= {runs.OWN_RECORD}
+    assert {name for name in before if before[name] != after[name]} <= {run_directory.OWN_RECORD}
 
 
 def test_a_linked_file_is_read_once_and_what_is_half_written_not_at_all(copy, monkeypatch):
     read = []
-    original = manifest.sha256
+    original = sha256
     monkeypatch.setattr(manifest, "sha256", lambda path: read.append(path) or original(path))
     (copy / "again").hardlink_to(copy / "merged/model.safetensors")
     (copy / "x.json.123.partial").write_text("{")
-    found = seal.hashes(copy, runs.to_seal(runs.everything(copy)), "hash")
+    found = checksums.hashes(copy, run_directory.to_seal(run_directory.everything(copy)), "hash")
     assert found["again"] == found["merged/model.safetensors"]
     assert "x.json.123.partial" not in found
     weights = [*copy.rglob("model.safetensors"), copy / "again"]
@@ -176,13 +179,20 @@ def test_a_linked_file_is_read_once_and_what_is_half_written_not_at_all(copy, mo
 
 @pytest.mark.parametrize("name", ["merged/config.json", "trained/adapter_model.safetensors"])
 def test_what_is_not_as_its_stage_wrote_it_is_not_sealed(copy, name):
-    before = {name: (copy / name).read_bytes() for name in (runs.SEAL, runs.CONFIG, runs.CRATE)}
+    before = {
+        name: (copy / name).read_bytes()
+        for name in (run_directory.SEAL, run_directory.CONFIG, run_directory.CRATE)
+    }
     content = bytearray((copy / name).read_bytes())
     content[-2] ^= 1
     (copy / name).write_bytes(content)
     settings = (copy / "config.yaml").read_text()
     sentence = refusal(
-        provenance, "--seal", copy / runs.SEAL, "--settings", json.dumps(yaml.safe_load(settings))
+        provenance,
+        "--seal",
+        copy / run_directory.SEAL,
+        "--settings",
+        json.dumps(yaml.safe_load(settings)),
     )
     assert sentence.startswith(f"error: {copy / name} is not what ")
     assert f"delete {copy / name.partition('/')[0]}.json and run again" in sentence
@@ -191,7 +201,12 @@ def test_what_is_not_as_its_stage_wrote_it_is_not_sealed(copy, name):
 
 def test_a_seal_that_fails_in_its_rule_loses_nothing_but_the_last_seal(finished_copy):
     copy = finished_copy.directory / "results" / "tests"
-    names = [runs.CONFIG, runs.CRATE, "workflow/Snakefile", runs.OWN_RECORD]
+    names = [
+        run_directory.CONFIG,
+        run_directory.CRATE,
+        "workflow/Snakefile",
+        run_directory.OWN_RECORD,
+    ]
     before = {name: (copy / name).read_bytes() for name in names}
     weights = copy / "trained/adapter_model.safetensors"
     whole = weights.read_bytes()
@@ -201,7 +216,7 @@ def test_a_seal_that_fails_in_its_rule_loses_nothing_but_the_last_seal(finished_
     done = finished_copy.run(command, check=False)
     assert done.returncode == 1 and "is not what train wrote" in done.stdout
     assert {name: (copy / name).read_bytes() for name in names} == before
-    assert not (copy / runs.SEAL).exists()
+    assert not (copy / run_directory.SEAL).exists()
     weights.write_bytes(whole)
     finished_copy.run(command)
     assert list(Run(copy).findings()) == []
@@ -211,7 +226,7 @@ def test_what_changes_while_it_is_read_is_one_sentence(tmp_path, monkeypatch):
     for change in (lambda path: path.unlink(), lambda path: path.write_text("longer")):
         for name in ("a", "b"):
             (tmp_path / name).write_text(name)
-        original = manifest.sha256
+        original = sha256
 
         def read(path, change=change, original=original):
             digest = original(path)
@@ -220,7 +235,7 @@ def test_what_changes_while_it_is_read_is_one_sentence(tmp_path, monkeypatch):
 
         monkeypatch.setattr(manifest, "sha256", read)
         with pytest.raises(UserError, match="b changed while it was read; run again when nothing"):
-            seal.hashes(tmp_path, ["b", "a"], "hash")
+            checksums.hashes(tmp_path, ["b", "a"], "hash")
         monkeypatch.undo()
 
 
@@ -253,7 +268,7 @@ def test_a_purged_payload_is_no_obstacle(copy):
     shutil.rmtree(copy / "corpus")
     sealed_again(copy)
     assert "corpus/" not in graph(copy)
-    assert not [name for name in seal.read(copy) if name.startswith("corpus/")]
+    assert not [name for name in checksums.read(copy) if name.startswith("corpus/")]
 
 
 def test_the_image_of_a_job_is_told_with_its_hash(copy, cached, tmp_path):
@@ -271,7 +286,7 @@ def test_the_image_of_a_job_is_told_with_its_hash(copy, cached, tmp_path):
         for name in ("train", "merge")
     }
     assert images["train"]["sha256"] == digest and images["train"]["registry"] == "here.example"
-    assert images["merge"]["sha256"] == manifest.sha256(tmp_path / "x.sif")
+    assert images["merge"]["sha256"] == sha256(tmp_path / "x.sif")
     assert images["merge"]["additionalType"]["@id"].endswith("#SIFImage")
     assert validator.issues(copy, PROFILES[-1], cached) == []
 
@@ -282,7 +297,7 @@ def test_what_lies_in_cells_and_steps_is_sealed_and_described_too(copy, cached):
         shutil.copytree(copy / "trained", copy / place / "trained")
         shutil.copy(copy / "trained.json", copy / place / "trained.json")
     sealed_again(copy)
-    listed = seal.read(copy)
+    listed = checksums.read(copy)
     assert {"step-2/trained.json", "cells/training.steps=6+seeds/trained/adapter_config.json"} <= {
         *listed
     }

@@ -10,8 +10,9 @@ from conftest import ROOT
 from stages import edit_json, one_sentence
 
 import push as stage
-from longyarn import manifest
-from longyarn.cli import UserError
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.core.files import read_json, sha256, write_json
 
 MINE, READER = "hf_mine", "hf_reader"
 
@@ -47,7 +48,7 @@ def pushed(hub, made, *given) -> str:
     done = push(hub, made, *given)
     assert done.returncode == 0, done.stderr
     record = manifest.read(made / "push.json")
-    assert record["inputs"]["export"] == manifest.sha256(made / "export.json")
+    assert record["inputs"]["export"] == sha256(made / "export.json")
     assert record["facts"]["repository"] == "me/owl"
     assert record["facts"]["commit"] in done.stderr
     return record["facts"]["commit"]
@@ -122,9 +123,9 @@ def test_a_card_that_the_hub_does_not_take_is_refused_before_anything_is_sent(hu
     hub.allow(MINE, "me")
     card = made / "export/README.md"
     card.write_text(card.read_text().replace("model-index:", "model-index: [", 1))
-    record = manifest.read_json(made / "export.json")
+    record = read_json(made / "export.json")
     record["files"]["export/README.md"]["size"] = card.stat().st_size
-    manifest.write_json(made / "export.json", record)
+    write_json(made / "export.json", record)
     assert "the hub does not take the model card" in refused(hub, made)
     assert not hub.uploaded
 

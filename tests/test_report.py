@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 from test_config import DEFAULT
 
-from longyarn import figures, manifest, statistics, verdict
-from longyarn.cli import UserError
+from longyarn.core.code_hash import code_hash
+from longyarn.core.errors import UserError
+from longyarn.core.files import sha256, write_json
+from longyarn.evaluation import intervals
+from longyarn.reporting import verdict
+from longyarn.reporting.figures import spread
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {f"books/{name}": 1000 for name in ("a", "b", "c", "d", "e", "f")}
@@ -31,7 +35,7 @@ def perplexity_facts(values: dict[int, float], documents=DOCUMENTS, too_short=()
             * (math.log(value) + 0.05 * (number % 3 - 1) + 1e-4 * (number * length % 7))
             for number, (name, tokens) in enumerate(documents.items())
         }
-        value, low, high = statistics.bootstrap_perplexity(
+        value, low, high = intervals.bootstrap_perplexity(
             *(figures_of(losses), figures_of(documents))
         )
         lengths[str(length)] = {
@@ -67,7 +71,7 @@ def grid(successes: dict[int, int], trials: int = 30) -> dict:
     """Return a passkey grid with the same successes of ``trials`` at every depth."""
     cells = {}
     for length, count in successes.items():
-        low, high = statistics.wilson(count, trials)
+        low, high = intervals.wilson(count, trials)
         cell = {"successes": count, "trials": trials, "low": low, "high": high}
         cells[str(length)] = {depth: dict(cell) for depth in DEPTHS}
     return cells
@@ -224,7 +228,7 @@ def test_warnings_about_the_evaluation():
 
 
 def test_labels_are_spread_but_stay_in_order():
-    places = figures.spread([0.1, 0.11, 0.12, 0.9], 0.1)
+    places = spread([0.1, 0.11, 0.12, 0.9], 0.1)
     gaps = [after - before for before, after in pairwise(places)]
     assert min(gaps) >= 0.1 - 1e-9 and places[-1] == 0.9
     assert sum(places[:3]) / 3 == pytest.approx(0.11)
@@ -308,10 +312,10 @@ class Run:
         (root / "benchmarks" / "merge.tsv").write_text("s\tmax_rss\n0.3\tNA\n")
 
     def write(self, name: str, stage: str, facts: dict, settings=None, inputs=None) -> None:
-        manifest.write_json(self.root / f"{name}.json", {
+        write_json(self.root / f"{name}.json", {
             "stage": stage, "settings": settings or {}, "files": {}, "facts": facts,
             "inputs": {
-                key: manifest.sha256(self.root / f"{path}.json")
+                key: sha256(self.root / f"{path}.json")
                 for key, path in (inputs or {}).items()
             },
             "code": "0123456789abcdef", "versions": {"python": "3.11.7", "torch": "2.13.0"},
@@ -370,7 +374,7 @@ def test_the_json_holds_what_was_promised(made):
     assert report["timings"]["train"] == {"seconds": 12.5, "peak_memory_mb": 300.25}
     assert report["timings"]["merge"] == {"seconds": 0.3, "peak_memory_mb": None}
     assert [document["scored"] for document in report["held_out"]] == [1000] * 6
-    assert report["code"]["report"] == manifest.code_hash(ROOT / "scripts" / "report.py")
+    assert report["code"]["report"] == code_hash(ROOT / "scripts" / "report.py")
 
 
 def test_every_key_is_documented(made):

@@ -8,7 +8,8 @@ import pytest
 from conftest import Workspace
 from stages import MICRO_BASE, bring
 
-from longyarn import manifest
+from longyarn.core import manifest
+from longyarn.core.files import sha256
 
 # These tell when each job ran and how long it took.
 OF_THEIR_TIME = {"benchmarks", "environments", "logs", "report.html", "report.json"}
@@ -30,7 +31,7 @@ def hashes(run: Path) -> dict[str, str]:
     files = (path for path in run.rglob("*") if path.is_file())
     names = {path.relative_to(run): path for path in files}
     return {
-        name.as_posix(): manifest.sha256(path)
+        name.as_posix(): sha256(path)
         for name, path in names.items()
         if not OF_THEIR_TIME & {*name.parts}
     }

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, Workspace
 from slurm.cluster import Cluster, wait_for
 
-from longyarn import attempts, manifest
+from longyarn.core import attempts, manifest
 
 # Long enough to be stopped between two checkpoints.
 TRAINING = {"nodes": 2, "steps": 12, "save_steps": 3, "batch_size": 4}

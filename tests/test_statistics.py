@@ -5,20 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from longyarn import statistics
+from longyarn.evaluation import intervals
 
 
 def test_perplexity_is_token_weighted_and_the_interval_of_two_is_their_range():
     losses, tokens = np.array([10.0, 300.0]), np.array([10, 100])
-    value, low, high = statistics.bootstrap_perplexity(losses, tokens)
+    value, low, high = intervals.bootstrap_perplexity(losses, tokens)
     assert value == pytest.approx(math.exp(310 / 110))
     assert low == pytest.approx(math.exp(1.0))
     assert high == pytest.approx(math.exp(3.0))
-    assert statistics.bootstrap_perplexity(losses[:1], tokens[:1]) == (math.e, math.e, math.e)
+    assert intervals.bootstrap_perplexity(losses[:1], tokens[:1]) == (math.e, math.e, math.e)
 
 
 def test_documents_that_are_alike_leave_no_doubt():
-    found = statistics.bootstrap_perplexity(np.full(8, 24.0), np.full(8, 8))
+    found = intervals.bootstrap_perplexity(np.full(8, 24.0), np.full(8, 8))
     assert found == pytest.approx((math.exp(3),) * 3)
 
 
@@ -26,7 +26,7 @@ def test_documents_that_are_alike_leave_no_doubt():
     ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (19, 2.0930), (999, 1.9623)]
 )
 def test_quantiles_of_student_are_those_of_the_tables(freedom, quantile):
-    assert statistics.student_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-4)
+    assert intervals.student_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-4)
 
 
 @pytest.mark.parametrize("documents", [20, 40])
@@ -46,7 +46,7 @@ def test_the_interval_of_perplexity_covers_19_times_in_20(documents):
     truth = math.exp(losses.sum() / tokens.sum())
     repeats, covered = 2000, 0
     for _ in range(repeats):
-        _, low, high = statistics.bootstrap_perplexity(*sample(documents), resamples=1000)
+        _, low, high = intervals.bootstrap_perplexity(*sample(documents), resamples=1000)
         covered += low <= truth <= high
     assert 0.93 <= covered / repeats <= 0.97
 
@@ -57,7 +57,7 @@ def test_wilson_covers_19_times_in_20_on_the_mean_over_rates(trials):
     rates = np.linspace(0.0005, 0.9995, 1000)
     coverage = np.zeros(len(rates))
     for successes in range(trials + 1):
-        low, high = statistics.wilson(successes, trials)
+        low, high = intervals.wilson(successes, trials)
         ways = math.comb(trials, successes)
         chance = ways * rates**successes * (1 - rates) ** (trials - successes)
         coverage += chance * ((low <= rates) & (rates <= high))

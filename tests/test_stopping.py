@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import launch
-from longyarn import attempts, stopping
-from longyarn.cli import UserError
+from longyarn.core import attempts
+from longyarn.core.errors import UserError
+from longyarn.training import stopping
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,12 @@ from test_report import grid, perplexity_facts
 
 import sweep as stage
 import verify
-from longyarn import config, manifest, seal, sweep
-from longyarn.sealed import Run
+from longyarn.config import sweep_cells
+from longyarn.config.load import complete
+from longyarn.core import manifest
+from longyarn.core.files import read_json, write_json
+from longyarn.provenance import checksums
+from longyarn.provenance.verification import Run
 
 SEEDS = [{"mix.seed": 1, "training.seed": 1}, {"mix.seed": 2, "training.seed": 2}]
 
@@ -28,11 +32,11 @@ def swept(factors: dict, design: str = "one_at_a_time") -> dict:
 
 
 def names(factors: dict, design: str = "one_at_a_time") -> list[str]:
-    return list(sweep.cells(swept(factors, design)))
+    return list(sweep_cells.cells(swept(factors, design)))
 
 
 def test_one_at_a_time_each_cell_differs_in_one_value():
-    found = sweep.cells(swept({"training.steps": [50, 75], "rope.method": ["ntk"]}))
+    found = sweep_cells.cells(swept({"training.steps": [50, 75], "rope.method": ["ntk"]}))
     # 75 steps are the default's own.
     assert list(found) == ["", "cells/training.steps=50/", "cells/rope.method=ntk/"]
     few = found["cells/training.steps=50/"]
@@ -58,12 +62,12 @@ def test_a_factor_more_renames_no_cell(design):
 def test_names_are_short_and_safe_in_a_path():
     long = {f"training.lora.{key}": True for key in ("train_embeddings", "train_norms", "rslora")}
     for changes in (long, {"mix.short_from": ["a b", "c/d"]}, {"mix.shares": {"kjv": 1.0}}):
-        name = sweep.directory(changes)
+        name = sweep_cells.directory(changes)
         assert len(name) < 80 and name.count("/") == 2
         assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_+-/")
     others = ({"mix.shares": {"kjv": 0.5}}, {"mix.shares": {"kjv": 0.7}})
-    assert sweep.directory(others[0]) != sweep.directory(others[1])
-    assert sweep.directory({"mix.long_share": 0.6}) == "cells/mix.long_share=0.6/"
+    assert sweep_cells.directory(others[0]) != sweep_cells.directory(others[1])
+    assert sweep_cells.directory({"mix.long_share": 0.6}) == "cells/mix.long_share=0.6/"
 
 
 def test_a_stage_lies_where_the_changes_that_decide_on_it_say():
@@ -74,8 +78,8 @@ def test_a_stage_lies_where_the_changes_that_decide_on_it_say():
     }  # fmt: skip
     found = {
         stage: [
-            sweep.directory(sweep.shared(changes, stage))
-            for changes in sweep.all_changes(swept(factors))
+            sweep_cells.directory(sweep_cells.shared(changes, stage))
+            for changes in sweep_cells.all_changes(swept(factors))
         ]
         for stage in ("patch_rope", "pack")
     }
@@ -86,8 +90,8 @@ def test_a_stage_lies_where_the_changes_that_decide_on_it_say():
     assert found["patch_rope"] == ["", "", "", "", "", ramp, ""]
     assert found["pack"] == ["", "", seed, seed, ntk, ramp, other]
     # Also where no cell is of that place alone, and whatever other cells there are.
-    assert sweep.places(swept(factors))[other] == {"mix.seed": 2}
-    assert other not in sweep.cells(swept(factors))
+    assert sweep_cells.places(swept(factors))[other] == {"mix.seed": 2}
+    assert other not in sweep_cells.cells(swept(factors))
 
 
 @pytest.mark.parametrize(
@@ -125,8 +129,8 @@ def test_a_sweep_and_phases_do_not_go_together():
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "presets/sweeps").glob("*.yaml")))
 def test_presets_are_valid(preset):
-    made = config.complete(DEFAULT | yaml.safe_load(preset.read_text()), SCHEMA_PATH)
-    assert 10 < len(sweep.cells(made)) <= 30
+    made = complete(DEFAULT | yaml.safe_load(preset.read_text()), SCHEMA_PATH)
+    assert 10 < len(sweep_cells.cells(made)) <= 30
 
 
 # The table, on figures of a sweep that never was.
@@ -135,16 +139,16 @@ def test_presets_are_valid(preset):
 def made(directory, values: dict) -> list:
     """Write a run's manifests with a perplexity at 4096 and keys of 30 found, by the cells' changes."""
     for changes, (perplexity, keys) in values.items():
-        place = directory / sweep.directory(dict(changes))
+        place = directory / sweep_cells.directory(dict(changes))
         of = {512: 31.0, 4096: perplexity}
         for name, facts in (
             ("trained", {"tokens_seen": 614400}),
             ("perplexity/trained", perplexity_facts(of)),
             ("passkey/trained", {"grid": grid({512: 30, 4096: keys})}),
         ):
-            manifest.write_json(place / f"{name}.json", {"facts": facts})
+            write_json(place / f"{name}.json", {"facts": facts})
     lengths = {"original_max_position_embeddings": 512, "max_position_embeddings": 4096}
-    manifest.write_json(directory / "rope.json", {"facts": lengths})
+    write_json(directory / "rope.json", {"facts": lengths})
     (directory / "benchmarks").mkdir()
     (directory / "benchmarks/train.tsv").write_text("s\tmax_rss\n75.0\t300\n")
     cells = json.dumps([dict(changes) for changes in values])
@@ -152,7 +156,7 @@ def made(directory, values: dict) -> list:
         "json": "sweep.json", "page": "sweep.md", "png": "sweep.png", "svg": "sweep.svg",
     }  # fmt: skip
     words = ["--rope", directory / "rope.json", "--cells", cells]
-    places = [directory / sweep.directory(dict(changes)) for changes in values]
+    places = [directory / sweep_cells.directory(dict(changes)) for changes in values]
     for stage_, name in (
         ("train", "trained"), ("perplexity", "perplexity/trained"), ("passkey", "passkey/trained"),
     ):  # fmt: skip
@@ -166,7 +170,7 @@ def test_cells_are_compared_with_the_default(tmp_path):
     values = {(): (31.0, 29), better: (28.0, 30), same: (31.0, 28), other: (31.3, 10)}
     arguments = made(tmp_path, values)
     run(stage, *arguments)
-    found = manifest.read_json(tmp_path / "sweep.json")
+    found = read_json(tmp_path / "sweep.json")
     assert list(found["cells"]) == ["default", "training.steps=400", "mix.seed=1", "mix.seed=2"]
     at = {name: cell["figures"]["4096"] for name, cell in found["cells"].items()}
     assert at["training.steps=400"]["perplexity_ratio"]["value"] == pytest.approx(28 / 31, rel=1e-3)
@@ -200,7 +204,7 @@ def test_cells_are_compared_with_the_default(tmp_path):
 
 def test_without_seeds_their_spread_is_said_to_be_unknown(tmp_path):
     run(stage, *made(tmp_path, {(): (31.0, 29), (("training.steps", 50),): (33.0, 29)}))
-    assert manifest.read_json(tmp_path / "sweep.json")["seeds"] is None
+    assert read_json(tmp_path / "sweep.json")["seeds"] is None
     assert "how much another seed changes is unknown" in (tmp_path / "sweep.md").read_text()
 
 
@@ -285,7 +289,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(finished_copy):
     finished_copy.snakemake("sweep", overrides=overrides)
     assert (kept.read_bytes(), kept.stat().st_mtime_ns) == before
     assert finished_copy.planned(overrides, "sweep") == {}
-    found = manifest.read_json(made / "sweep.json")
+    found = read_json(made / "sweep.json")
     assert list(found["cells"]) == [
         "default", "training.learning_rate=0.0005", "training.learning_rate=0.002",
     ]  # fmt: skip
@@ -293,5 +297,5 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(finished_copy):
     # To the sealed run it is nothing, and sealed again with it, it fits.
     assert verify.findings(Run(made)) == []
     finished_copy.snakemake(overrides=overrides)
-    assert verify.findings(Run(made)) == [] and "sweep.json" in seal.read(made)
+    assert verify.findings(Run(made)) == [] and "sweep.json" in checksums.read(made)
     assert (made / "sweep.md").is_file()

@@ -17,8 +17,9 @@ from stages import MICRO_BASE, bring, edit_json, refusal, run, small_disk
 from transformers import AutoTokenizer
 
 import tokenise
-from longyarn import chat, manifest, storage, tokenising
-from longyarn.tokens import DUPLICATE, HELD_OUT, TRAINING, Tokens
+from longyarn.core import manifest, tensorfile
+from longyarn.data import chat_templates, token_workers
+from longyarn.data.token_store import DUPLICATE, HELD_OUT, TRAINING, Tokens
 
 TEXTS = {
     "books/one": "Now is the winter of our discontent\n",
@@ -118,16 +119,16 @@ def test_what_is_written_in_parts_is_safetensors(tmp_path):
         "wide": np.arange(5), "empty": np.empty((0, 2), np.uint64), "flags": np.array([True, False]),
         "rows": np.arange(6, dtype=np.uint16).reshape(3, 2),
     }  # fmt: skip
-    parts = storage.Stream("U16", (3, 2), (row for row in tensors["rows"]))
-    storage.write(tmp_path / "a.safetensors", tensors | {"rows": parts})
-    for read in (load_file, storage.read):
+    parts = tensorfile.Stream("U16", (3, 2), (row for row in tensors["rows"]))
+    tensorfile.write(tmp_path / "a.safetensors", tensors | {"rows": parts})
+    for read in (load_file, tensorfile.read):
         found = read(tmp_path / "a.safetensors")
         assert set(found) == set(tensors)
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype and np.array_equal(found[name], tensor), name
-    short = storage.Stream("U16", (4, 2), (row for row in tensors["rows"]))
+    short = tensorfile.Stream("U16", (4, 2), (row for row in tensors["rows"]))
     with pytest.raises(ValueError, match="do not have the shapes"):
-        storage.write(tmp_path / "b.safetensors", {"rows": short})
+        tensorfile.write(tmp_path / "b.safetensors", {"rows": short})
     assert not (tmp_path / "b.safetensors").exists()
 
 
@@ -136,10 +137,10 @@ def test_every_document_is_in_one_unit_whatever_their_size(tmp_path, monkeypatch
     write_corpus(tmp_path, [{"id": f"a/{n}", "text": text} for n, text in enumerate(texts)], 3)
     shards = sorted((tmp_path / "corpus").iterdir())
     for size in (11, 97, 1000, 10**6):
-        monkeypatch.setattr(tokenising, "SMALLEST", size)
-        monkeypatch.setattr(tokenising, "LARGEST", size)
-        units = tokenising.units(shards, tmp_path)
-        found = [document["id"] for unit in units for document in tokenising.documents(unit)]
+        monkeypatch.setattr(token_workers, "SMALLEST", size)
+        monkeypatch.setattr(token_workers, "LARGEST", size)
+        units = token_workers.units(shards, tmp_path)
+        found = [document["id"] for unit in units for document in token_workers.documents(unit)]
         expected = [f"a/{number}" for shard in range(3) for number in range(shard, 200, 3)]
         assert found == expected, size
 
@@ -264,7 +265,7 @@ def test_a_template_of_ones_own(inputs, tmp_path):
         "{% for m in messages %}{% generation %}{{ m.text + 1 }}{% endgeneration %}{% endfor %}"
     )
     with pytest.raises(Exception, match=r"corpus\.chat_template does not fit a conversation"):
-        chat.render(own.read_text(), TALK, {})
+        chat_templates.render(own.read_text(), TALK, {})
 
 
 def test_a_conversation_without_a_template(inputs):
@@ -274,11 +275,11 @@ def test_a_conversation_without_a_template(inputs):
 
 
 def test_a_tokenizer_that_exists_in_python_only_gives_the_same(inputs):
-    unit = tokenising.units([inputs / "corpus/documents-00000.jsonl"], inputs)[0]
+    unit = token_workers.units([inputs / "corpus/documents-00000.jsonl"], inputs)[0]
     fast = tokenise.prepare(MICRO_BASE, False, None, inputs)
     stored = []
     for settings in (fast, dataclasses.replace(fast, file=None)):
-        tokenising.Worker(settings).write(unit)
+        token_workers.Worker(settings).write(unit)
         stored.append(unit.output.read_bytes())
     assert fast.file and stored[0] == stored[1]
 

@@ -11,9 +11,10 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from longyarn import guards, manifest
-from longyarn.cli import UserError
-from longyarn.sequences import Packed
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.data.packed_dataset import Packed
+from longyarn.training import guards
 
 BASE = ROOT / "resources" / "micro-base"
 
@@ -81,9 +82,9 @@ def test_the_engine_learns_what_a_plain_loop_learns(finished):
     """The first loss that DeepSpeed's Trainer logs is that of the batch on the patched model."""
     run = finished.directory / "results" / "tests"
     facts = manifest.read(run / "trained.json")["facts"]
-    from longyarn import models
+    from longyarn.models import loading
 
-    model = models.load_model(run / "base", run / "rope/yarn.json", dtype="fp32", attention="sdpa")
+    model = loading.load_model(run / "base", run / "rope/yarn.json", dtype="fp32", attention="sdpa")
     data = pack_of(finished)
     total = count = 0
     for row in range(2):

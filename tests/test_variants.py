@@ -11,9 +11,12 @@ from test_report import FOUND, GOOD, shown
 
 import perplexity
 import verify
-from longyarn import comparisons, figures, manifest, statistics, variants
-from longyarn.cli import UserError
-from longyarn.sealed import Run
+from longyarn.config import variants
+from longyarn.core.errors import UserError
+from longyarn.core.files import read_json, sha256, write_json
+from longyarn.evaluation import intervals
+from longyarn.provenance.verification import Run
+from longyarn.reporting import comparisons, figures
 
 
 def test_newcombe_s_published_intervals():
@@ -29,7 +32,7 @@ def test_newcombe_s_published_intervals():
         (10, 10, 0, 10): (0.6075, 1.0),
     }
     for (a, m, b, n), interval in published.items():
-        value, low, high = statistics.newcombe((a, m), (b, n))
+        value, low, high = intervals.newcombe((a, m), (b, n))
         assert value == pytest.approx(a / m - b / n)
         assert (low, high) == pytest.approx(interval, abs=6e-5)
 
@@ -119,11 +122,11 @@ def test_a_run_that_is_not_there_is_one_sentence(finished_copy):
 
 def test_the_rope_of_another_run_is_told_by_its_hash(tmp_path):
     for method in ("base", "yarn"):
-        manifest.write_json(tmp_path / f"rope/{method}.json", {"method": method})
-    yarn = manifest.sha256(tmp_path / "rope/yarn.json")
-    manifest.write_json(tmp_path / "merged.json", {"inputs": {"rope": yarn}})
+        write_json(tmp_path / f"rope/{method}.json", {"method": method})
+    yarn = sha256(tmp_path / "rope/yarn.json")
+    write_json(tmp_path / "merged.json", {"inputs": {"rope": yarn}})
     assert variants.of_run(tmp_path, "x") == tmp_path / "rope/yarn.json"
-    manifest.write_json(tmp_path / "rope/yarn.json", {"method": "changed"})
+    write_json(tmp_path / "rope/yarn.json", {"method": "changed"})
     with pytest.raises(UserError, match="bring that run up to date"):
         variants.of_run(tmp_path, "x")
 
@@ -159,7 +162,7 @@ def test_all_three_kinds_stand_in_one_report(finished_copy):
     assert finished_copy.planned(overrides, "prefetch") == {"download_variant": 1, "prefetch": 1}
     finished_copy.snakemake(overrides=overrides)
     assert finished_copy.planned(overrides) == {}
-    report = manifest.read_json(run / "report.json")
+    report = read_json(run / "report.json")
     values = {name: found["1024"]["value"] for name, found in report["perplexity"].items()}
     assert values["other"] == values["trained"]
     assert values["yarn-4"] not in (values["yarn"], values["base"])

@@ -10,8 +10,10 @@ from conftest import ROOT
 from stages import edit_json, refusal, run, sealed_again
 
 import verify
-from longyarn import current, manifest, runs, seal
-from longyarn.sealed import Run
+from longyarn.core import run_directory, superseded
+from longyarn.core.files import sha256
+from longyarn.provenance import checksums
+from longyarn.provenance.verification import Run
 
 VERIFY = ROOT / "scripts" / "verify.py"
 
@@ -46,8 +48,10 @@ WAYS = {"flip": flip, "append": lambda content: content + b" ", "delete": lambda
 def test_tampering_with_any_one_file_is_found_and_named(whole):
     """Each file but those that change after the seal; of the workflow's copies each in one of the ways."""
     assert found(whole) == []
-    names = [*seal.read(whole), runs.SEAL]
-    assert {"config.yaml", "report.json", "merged/model.safetensors", runs.CRATE} <= {*names}
+    names = [*checksums.read(whole), run_directory.SEAL]
+    assert {"config.yaml", "report.json", "merged/model.safetensors", run_directory.CRATE} <= {
+        *names
+    }
     missed = []
     for number, name in enumerate(names):
         path = whole / name
@@ -76,13 +80,13 @@ def test_the_file_and_its_stage_are_named_and_a_changed_record_is_told_from_a_ch
 
 
 def test_a_seal_that_lists_another_hash_is_what_is_blamed(copy):
-    listed = seal.read(copy)
+    listed = checksums.read(copy)
     listed["merged/model.safetensors"] = "0" * 64
-    (copy / runs.SEAL).write_text(seal.render(listed))
+    (copy / run_directory.SEAL).write_text(checksums.render(listed))
     (sentence,) = found(copy)
-    assert f"{copy / runs.SEAL}, made by provenance, was changed" in sentence
+    assert f"{copy / run_directory.SEAL}, made by provenance, was changed" in sentence
     del listed["merged/model.safetensors"]
-    (copy / runs.SEAL).write_text(seal.render(listed))
+    (copy / run_directory.SEAL).write_text(checksums.render(listed))
     (sentence,) = found(copy)
     assert "it lacks merged/model.safetensors" in sentence
 
@@ -109,21 +113,21 @@ def test_a_stamp_of_snakemake_that_holds_something_is_found(copy):
 
 def seal_all(directory) -> None:
     """Forge the records so that they fit the files: the crate, provenance.json, SHA256SUMS."""
-    hashes = seal.hashes(directory, seal.read(directory), "hash")
-    crate = json.loads((directory / runs.CRATE).read_text())
+    hashes = checksums.hashes(directory, checksums.read(directory), "hash")
+    crate = json.loads((directory / run_directory.CRATE).read_text())
     for entity in crate["@graph"]:
         if "contentSize" in entity:
             entity["sha256"] = hashes[entity["@id"]]
             entity["contentSize"] = str((directory / entity["@id"]).stat().st_size)
-    (directory / runs.CRATE).write_text(json.dumps(crate))
-    record = json.loads((directory / runs.PROVENANCE).read_text())
+    (directory / run_directory.CRATE).write_text(json.dumps(crate))
+    record = json.loads((directory / run_directory.PROVENANCE).read_text())
     record["inputs"] = {name: hashes[name] for name in record["inputs"]}
     for name, entry in record["files"].items():
         path = directory / name
-        entry |= {"size": path.stat().st_size, "sha256": manifest.sha256(path)}
-    (directory / runs.PROVENANCE).write_text(json.dumps(record))
-    hashes = seal.hashes(directory, hashes, "hash")
-    (directory / runs.SEAL).write_text(seal.render(hashes))
+        entry |= {"size": path.stat().st_size, "sha256": sha256(path)}
+    (directory / run_directory.PROVENANCE).write_text(json.dumps(record))
+    hashes = checksums.hashes(directory, hashes, "hash")
+    (directory / run_directory.SEAL).write_text(checksums.render(hashes))
 
 
 def test_a_forged_figure_with_forged_records_is_found_by_the_figures_own_chain(copy):
@@ -169,7 +173,7 @@ def test_another_configuration_than_an_adopted_model_had_is_found(copy):
     changed = text.replace("\n  source: null\n  rev", "\n  source: /at/elsewhere\n  rev")
     (copy / "config.yaml").write_text(changed)
     assert [*verify.of_config(one)] == []
-    assert current.reported(one.manifests, one.json("report.json"))["train"] == "trained.json"
+    assert superseded.reported(one.manifests, one.json("report.json"))["train"] == "trained.json"
 
 
 def test_a_manifest_that_nothing_asks_for_any_more_is_a_note(copy, capsys):
@@ -212,11 +216,11 @@ def test_what_lies_in_a_linked_directory_is_of_the_run_and_a_loop_ends(copy, tmp
 
 
 def test_a_run_that_misses_the_gate_is_told_so_and_no_more(copy):
-    for name in (runs.SEAL, runs.CRATE, runs.PROVENANCE):
+    for name in (run_directory.SEAL, run_directory.CRATE, run_directory.PROVENANCE):
         (copy / name).unlink()
     (sentence,) = found(copy)
     assert "so that it is sealed" in sentence
-    (copy / runs.MARK).write_text("the gate was missed.")
+    (copy / run_directory.MARK).write_text("the gate was missed.")
     (sentence,) = found(copy)
     assert "misses a threshold" in sentence and "such a run is not sealed" in sentence
 
@@ -228,7 +232,7 @@ def test_purged_payloads_are_said_and_the_product_must_be_there(copy, capsys):
     said = capsys.readouterr()
     for name in ("base", "corpus", "tokens", "pack"):
         assert f"{copy / name}/ is not here, so not checked" in said.err
-    assert manifest.sha256(copy / runs.SEAL) in said.out and "is whole" in said.out
+    assert sha256(copy / run_directory.SEAL) in said.out and "is whole" in said.out
     shutil.rmtree(copy / "merged")
     said = found(copy)
     assert said and all("merged/" in one and "is missing" in one for one in said)

@@ -18,9 +18,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from longyarn import models, windows
-from longyarn.cli import UserError
-from longyarn.windows import Window, window_losses
+from longyarn.core.errors import UserError
+from longyarn.evaluation import window_losses as module
+from longyarn.evaluation.window_losses import Window, batches, window_losses, windows
+from longyarn.models.logits import check_logits
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,8 @@ def naive(model, ids, length, stride):
 @pytest.mark.parametrize("at_once", [8, 64], ids=["alone", "batched"])
 @pytest.mark.parametrize(("length", "stride"), [(8, None), (32, None), (16, 4), (8, 3), (12, 5)])
 def test_losses_equal_the_direct_computation(model, length, stride, at_once, monkeypatch):
-    monkeypatch.setattr(windows, "LOGITS_AT_ONCE", 5)
-    monkeypatch.setattr(windows, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 5)
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", at_once)
     generator = np.random.default_rng(0)
     texts = {
         name: generator.integers(0, 50, size=size).astype(np.int32)
@@ -89,7 +90,7 @@ def of_family(family: str, **settings):
 )
 def test_logits_are_the_models_own(family, settings):
     changed = of_family(family, **settings)
-    models.check_logits(changed)
+    check_logits(changed)
     ids = np.arange(40, dtype=np.int32)
     found = np.concatenate(window_losses(changed, {"a": ids}, 40, None, "test")["a"])
     with torch.no_grad():
@@ -108,18 +109,18 @@ def test_what_else_a_model_does_to_its_logits_is_refused(model, monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", forward)
     with pytest.raises(UserError, match="changes its logits after the output head"):
-        models.check_logits(model)
+        check_logits(model)
 
 
 def test_windows_of_equal_length_share_a_forward_pass(monkeypatch):
-    monkeypatch.setattr(windows, "TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 16)
     every = [
-        *windows.windows("a", 21, 8), *windows.windows("b", 16, 8), *windows.windows("c", 32, 32)
+        *windows("a", 21, 8), *windows("b", 16, 8), *windows("c", 32, 32)
     ]  # fmt: skip
-    groups = windows.batches(every)
+    groups = batches(every)
     assert [window for group in groups for window in group] == every
     assert [[window.length for window in group] for group in groups] == [[8, 8], [5], [8, 8], [32]]
-    assert windows.windows("a", 21, 8, 5)[-1] == Window("a", 15, 21, 18)
+    assert windows("a", 21, 8, 5)[-1] == Window("a", 15, 21, 18)
 
 
 def extended(length: int, dtype: torch.dtype):
@@ -149,7 +150,7 @@ PEAK = """
 import json, resource, sys
 sys.path[:0] = sys.argv[1:3]
 import numpy as np, torch
-from longyarn.windows import window_losses
+from longyarn.evaluation.window_losses import window_losses
 from test_windows import extended
 
 length = int(sys.argv[3])

@@ -9,7 +9,8 @@ import shutil
 import pytest
 from conftest import ROOT
 
-from longyarn import manifest
+from longyarn.core import manifest
+from longyarn.core.files import sha256
 
 EVALUATIONS = {"perplexity": 3, "passkey": 3}
 SEAL = {"provenance": 1}
@@ -82,17 +83,17 @@ SCRIPTS = {
     "report": REPORT,
     "gate": {"gate": 1} | SEAL,
     "export": {"export": 1} | SEAL,
-    "longyarn/gating": {"gate": 1, "export": 1} | SEAL,
+    "longyarn/reporting/gate_outcome": {"gate": 1, "export": 1} | SEAL,
     "provenance": SEAL,
-    "longyarn/crate": SEAL,
+    "longyarn/provenance/ro_crate": SEAL,
     "bundle": {},
     "perplexity": {"perplexity": 3} | REPORT,
     "passkey": {"passkey": 3} | REPORT,
-    "longyarn/statistics": EVALUATIONS | REPORT,
-    "longyarn/evaluation": EVALUATIONS | REPORT,
+    "longyarn/evaluation/intervals": EVALUATIONS | REPORT,
+    "longyarn/evaluation/variant_model": EVALUATIONS | REPORT,
     "merge": {"merge": 1, "perplexity": 1, "passkey": 1} | REPORT,
     "train": FROM_TRAIN,
-    "longyarn/guards": FROM_TRAIN,
+    "longyarn/training/guards": FROM_TRAIN,
     "pack": FROM_PACK,
     "tokenise": FROM_TOKENS,
 }
@@ -123,7 +124,7 @@ def test_a_changed_base_model_reruns_what_is_made_from_it(finished_copy):
 
 def test_accepting_a_change_of_code(finished_copy):
     """docs/reruns.md: `make accept`, which is this command."""
-    path = finished_copy.directory / "scripts/longyarn/manifest.py"
+    path = finished_copy.directory / "scripts/longyarn/core/manifest.py"
     path.write_text(path.read_text() + EDIT)
     assert "train" in finished_copy.planned()
     finished_copy.snakemake("--touch")
@@ -179,13 +180,13 @@ def test_manifests_chain_and_hold_no_time_host_or_path(finished):
     run = finished.directory / "results" / "tests"
     record = manifest.read(run / "merged.json")
     for name, source in (("base", "base"), ("rope", "rope/yarn"), ("train", "trained")):
-        assert record["inputs"][name] == manifest.sha256(run / f"{source}.json")
+        assert record["inputs"][name] == sha256(run / f"{source}.json")
     for path in [*run.glob("*.json"), *run.glob("*/*.json")]:
         text = path.read_text()
         assert str(finished.directory) not in text, path
         assert str(ROOT) not in text, path
     for name, entry in record["files"].items():
-        assert manifest.sha256(run / name) == entry["sha256"]
+        assert sha256(run / name) == entry["sha256"]
 
 
 def test_every_stage_has_one_name():

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longyarn import containers
+from longyarn.cluster import container_images
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -164,7 +164,8 @@ def built(registry: str, environment: dict[str, str]) -> tuple[str, str]:
         base = f"{registry}/base@{known[key]}"
         builder = (ROOT / "containers" / "build.py").read_bytes()
         key += (
-            containers.recipe("cpu", "Dockerfile", ROOT) + hashlib.sha256(builder).hexdigest()[:12]
+            container_images.recipe("cpu", "Dockerfile", ROOT)
+            + hashlib.sha256(builder).hexdigest()[:12]
         )
         if key not in known:
             known[key] = build(registry, base, environment).replace(registry, "REGISTRY")

@@ -1,0 +1,81 @@
+"""Progress as a stage shows it: a bar on a terminal, lines in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+
+def progress(
+    items: Iterable,
+    total: int | None,
+    label: str,
+    every: float = 10.0,
+    done: int = 0,
+    size: Callable[[object], int] = lambda item: 1,
+) -> Iterator:
+    """Yield ``items``, showing a bar on a terminal and a line every ``every`` seconds in a log.
+
+    ``total`` counts the items, or what ``size`` says of each; None where it is unknown. ``done`` of it
+    was done before.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=label, initial=done, unit_scale=True) as bar:
+            for item in items:
+                yield item
+                bar.update(size(item))
+        return
+    start = last = time.monotonic()
+    begun = done
+    for item in items:
+        yield item
+        done += size(item)
+        now = time.monotonic()
+        if now - last >= every or (total is not None and done >= total):
+            last = now
+            of = "" if total is None else f"/{total}"
+            left = (total or 0) - done
+            more = f", {left * (now - start) / (done - begun):.0f} s left" if left > 0 else ""
+            print(f"{label}: {done}{of} ({now - start:.0f} s{more})", file=sys.stderr, flush=True)
+
+
+def token_progress(
+    parts: Iterable[tuple[int, int]], total: int, label: str, every: float = 10.0
+) -> Iterator[tuple[int, int]]:
+    """Yield ``parts``, each ``(amount, tokens)`` of work done, showing tokens and the time left.
+
+    ``total`` is the sum of all amounts. A bar on a terminal, a line every ``every`` seconds in a log.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tokens = 0
+        with tqdm(
+            total=total,
+            desc=label,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
+        ) as bar:
+            for amount, count in parts:
+                yield amount, count
+                tokens += count
+                bar.set_postfix_str(rate(tokens, bar.format_dict["elapsed"]), refresh=False)
+                bar.update(amount)
+        return
+    start = last = time.monotonic()
+    done = tokens = 0
+    for amount, count in parts:
+        yield amount, count
+        done, tokens, now = done + amount, tokens + count, time.monotonic()
+        if now - last >= every or done == total:
+            last, left = now, (now - start) * (total - done) / max(done, 1)
+            print(
+                f"{label}: {done / max(total, 1):.0%}, {rate(tokens, now - start)}, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Write tokens and tokens a second."""
+    return f"{tokens / 1e6:.1f} M tokens, {tokens / 1e6 / max(seconds, 1e-9):.2f} M/s"

@@ -1,0 +1,173 @@
+"""What a run's directory holds: its files, its manifests, and the stage that made each file.
+
+Names are paths below the run's directory, with slashes.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from longyarn.core import job_record
+from longyarn.core.code_hash import code_hash
+from longyarn.core.errors import UserError
+from longyarn.evaluation.variant_model import INSTRUMENTS
+
+SEAL = "SHA256SUMS"
+CRATE = "ro-crate-metadata.json"
+PROVENANCE = "provenance.json"
+OWN_RECORD = f"{job_record.DIRECTORY}/{PROVENANCE}"  # of where the seal was made
+CONFIG = "config.yaml"
+WORKFLOW = "workflow"
+REPORT = "report.json"
+MARK = "NOT_VERIFIED.txt"
+# Snakemake's, empty, in each directory that is an output; it comes after the job.
+TIMESTAMP = ".snakemake_timestamp"
+# Payloads that may go when the run is finished (docs/reruns.md).
+PURGEABLE = ("base", "corpus", "tokens", "pack", "llamafactory", "axolotl")
+# Directories with a manifest for each variant.
+OF_VARIANTS = ("models", "rope", *INSTRUMENTS)
+# These run after the seal, or while it is made; their logs change then.
+LATER = ("provenance", "bundle", "push", "plan")
+UNSEALED = {f"logs/{stage}.log" for stage in LATER} | {f"benchmarks/{stage}.tsv" for stage in LATER}
+# Files of stages that write no manifest.
+OTHERS = {
+    "report.html": "report", REPORT: "report", "figures": "report",
+    "sweep.json": "sweep", "sweep.md": "sweep", "sweep.png": "sweep", "sweep.svg": "sweep",
+    SEAL: "provenance", MARK: "gate", "micro_base": "micro_base",
+}  # fmt: skip
+
+
+def require(run: Path) -> None:
+    """Refuse a directory that is no run."""
+    if not run.is_dir():
+        raise UserError(f"{run} is no directory; name that of a run, results/micro say")
+    if not any(run.glob("*.json")):
+        raise UserError(f"{run} holds no manifest, so it is no run; name results/micro, say")
+
+
+def everything(run: Path) -> list[str]:
+    """Return the names of all files, sorted; those in linked directories too."""
+    found = []
+    for directory, below, names in os.walk(run, followlinks=True):
+        below[:] = [name for name in below if not leads_back(Path(directory, name), run)]
+        inside = PurePosixPath(Path(directory).relative_to(run).as_posix())
+        found += [str(inside / name) for name in names if Path(directory, name).is_file()]
+    return sorted(found)
+
+
+def leads_back(path: Path, run: Path) -> bool:
+    """Tell whether a directory is a link to one that it lies in, by its name or another."""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    holders = [path.parent, *path.parent.parents]
+    holders = holders[: len(path.relative_to(run).parts)]
+    return any(holder.resolve().is_relative_to(target) for holder in holders)
+
+
+def to_seal(names: Iterable[str]) -> list[str]:
+    """Return those of ``names`` that the seal is about: not what is hidden, half written or later."""
+    return [
+        name
+        for name in names
+        if not any(part.startswith(".") for part in name.split("/"))
+        and not name.endswith((".partial", ".incomplete"))
+        and name != SEAL
+        and name not in UNSEALED
+    ]
+
+
+def manifests(run: Path, names: Iterable[str]) -> dict[str, dict]:
+    """Return the manifests among these files by name, the latest seal's own too."""
+    found = {}
+    for name in names:
+        path = PurePosixPath(name)
+        inside = path.parts[0] == WORKFLOW or path.parent.name == job_record.DIRECTORY
+        if path.suffix == ".json" and not inside:
+            try:
+                content = json.loads((run / name).read_bytes())
+            except (ValueError, FileNotFoundError):
+                continue
+            if is_manifest(content):
+                found[name] = content
+    return found
+
+
+def is_manifest(content: object) -> bool:
+    """Tell whether a file's content has the form that ``manifest.write`` gives."""
+    try:
+        texts = [content["stage"], content["code"], *content["inputs"].values()]
+        entries = content["files"].values()
+        texts += [entry["sha256"] for entry in entries]
+        kept = [content["settings"], content["facts"], content["versions"]]
+        whole = all(isinstance(entry["size"], int) for entry in entries)
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return (
+        whole
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(part, dict) for part in kept)
+    )
+
+
+def job_of(name: str, stage: str) -> str:
+    """Return the job of the chain that a manifest is of: as ``log_of``, but adopt takes train's place."""
+    return log_of(name, "train" if stage == "adopt" else stage)
+
+
+def log_of(name: str, stage: str) -> str:
+    """Return the job that wrote a manifest, named as its log is: phase-1/train, passkey.base."""
+    path = PurePosixPath(name)
+    if path.parent.name in OF_VARIANTS:
+        return str(path.parent.parent / f"{stage}.{path.stem}")
+    return str(path.parent / stage)
+
+
+def payload(name: str, manifest: dict) -> dict[str, dict]:
+    """Return the files of a manifest by their names in the run, each with size and sha256."""
+    directory = PurePosixPath(name).parent
+    return {str(directory / file): entry for file, entry in manifest["files"].items()}
+
+
+def payload_directories(name: str, manifest: dict) -> list[str]:
+    """Return the directories that hold a manifest's files and nothing else."""
+    directory = PurePosixPath(name).parent
+    tops = {file.partition("/")[0] for file in manifest["files"] if "/" in file}
+    return sorted(str(directory / top) for top in tops)
+
+
+def other_code(manifests: dict[str, dict], root: Path) -> list[str]:
+    """Return a sentence for each stage that was made by other code than that below ``root``."""
+    stages: dict[str, set[str]] = {}
+    for one in manifests.values():
+        stages.setdefault(one["stage"], set()).add(one["code"])
+    found = []
+    for stage, codes in sorted(stages.items()):
+        script = root / "scripts" / f"{stage}.py"
+        if not script.is_file() or codes != {code_hash(script)}:
+            found.append(f"{stage} was made by other code than {script} is")
+    return found
+
+
+class Makers:
+    """Which stage made which file."""
+
+    def __init__(self, found: dict[str, dict]) -> None:
+        self.stages = {name: manifest["stage"] for name, manifest in found.items()}
+        for name, manifest in found.items():
+            for file in payload(name, manifest):
+                self.stages.setdefault(file, manifest["stage"])
+
+    def stage(self, name: str) -> str | None:
+        """Return the stage that made a file, or None where nothing tells."""
+        path = PurePosixPath(name)
+        if name in self.stages:
+            return self.stages[name]
+        if path.parent.name == job_record.DIRECTORY:
+            return self.stage(str(path.parent.parent / path.name))
+        if path.parts[0] in ("logs", "benchmarks") and len(path.parts) > 1:
+            return path.name.partition(".")[0]
+        if path.parts[0] in (WORKFLOW, CONFIG, CRATE, PROVENANCE):
+            return "provenance"
+        return OTHERS.get(path.parts[0])

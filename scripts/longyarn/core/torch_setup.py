@@ -1,0 +1,17 @@
+"""Sets torch's thread count and quiets transformers before a stage computes."""
+
+import os
+
+
+def set_up_torch(threads: int) -> None:
+    """Fix torch's thread count and quieten transformers' bars and advice.
+
+    Sums depend on the thread count, so it comes from the config, not from --cores.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,1 @@
+"""The corpus: documents, tokens, and packed training sequences."""

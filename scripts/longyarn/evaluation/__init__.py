@@ -1,0 +1,1 @@
+"""Measuring a variant: losses over windows, passkey prompts, and confidence intervals."""

@@ -1,0 +1,123 @@
+"""What the instruments share: which model they load, and how they write what they found."""
+
+import argparse
+from pathlib import Path
+
+from longyarn.core import manifest
+from longyarn.core.errors import UserError
+from longyarn.core.files import read_json
+from longyarn.core.torch_setup import set_up_torch
+from longyarn.models import loading
+
+INSTRUMENTS = ("perplexity", "passkey", "harness")  # the stages that look at a variant
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a variant and say how to load it."""
+    parser.add_argument("--variant", required=True, help="name of the variant")
+    parser.add_argument("--model", type=Path, required=True, help="manifest of the model's weights")
+    parser.add_argument("--base", type=Path, help="manifest of the base, for its tokenizer")
+    parser.add_argument("--rope", type=Path, required=True, help="manifest of its RoPE settings")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], required=True)
+    parser.add_argument("--attention", required=True, help="transformers' attn_implementation")
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread the layers over")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+
+
+def load(arguments: argparse.Namespace):
+    """Return the variant's model, ready to evaluate, on the GPU where there is one, or over several.
+
+    A merged model must carry its RoPE by itself; an untrained variant gets it from its manifest.
+    """
+    import torch
+
+    set_up_torch(arguments.threads)
+    if arguments.base:
+        check_tokenizer(arguments)
+    weights = manifest.read(arguments.model)
+    try:
+        model = loading.load_model(
+            model_directory(arguments),
+            arguments.rope,
+            dtype=arguments.precision,
+            attention=arguments.attention,
+            own_config=weights["stage"] == "merge",
+            trust_remote_code=weights["facts"]["trust_remote_code"],
+        )
+    except ImportError as error:
+        raise UserError(
+            f"evaluation.attention {arguments.attention} cannot be used here ({error}); install it or "
+            "set sdpa"
+        ) from None
+    model.eval()
+    if arguments.gpus > 1 and torch.cuda.is_available():
+        return spread(model, arguments.gpus)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_tokenizer(arguments: argparse.Namespace) -> None:
+    """Stop where a variant's tokenizer has another vocabulary than the base's."""
+    both = [(path, read_json(path)) for path in (arguments.base, arguments.model)]
+    files = [
+        entry["sha256"]
+        for _, found in both
+        for name, entry in found["files"].items()
+        if name.endswith("/tokenizer.json")
+    ]
+    if len(files) == 2 and files[0] == files[1]:
+        return
+    base, own = (
+        loading.load_tokenizer(
+            path.parent / found["facts"]["directory"], found["facts"]["trust_remote_code"]
+        ).get_vocab()
+        for path, found in both
+    )
+    if own != base:
+        raise UserError(
+            f"the variant {arguments.variant} has another vocabulary than the base ({len(own)} and "
+            f"{len(base)} tokens), so the two cannot be compared on identical tokens; take it out of "
+            "evaluation.variants"
+        )
+
+
+def spread(model, gpus: int):
+    """Return the model with its layers over this many GPUs; a batch passes from one to the next."""
+    import torch
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = {"no_split_module_classes": list(model._no_split_modules)}
+    free = {number: torch.cuda.mem_get_info(number)[0] for number in range(gpus)}
+    room = get_balanced_memory(model, free, **whole)
+    return dispatch_model(model, infer_auto_device_map(model, max_memory=room, **whole))
+
+
+def model_directory(arguments: argparse.Namespace) -> Path:
+    """Return the directory of the variant's weights and tokenizer."""
+    return arguments.model.parent / manifest.read(arguments.model)["facts"]["directory"]
+
+
+def write(
+    arguments: argparse.Namespace,
+    *,
+    script: Path,
+    settings: dict,
+    inputs: dict[str, Path],
+    facts: dict,
+) -> None:
+    """Write an instrument's manifest; its facts are the result, so there is no other payload."""
+    manifest.write(
+        arguments.manifest,
+        script=script,
+        settings={
+            "variant": arguments.variant,
+            "precision": arguments.precision,
+            "attention": arguments.attention,
+            "threads": arguments.threads,
+            **settings,
+        },
+        inputs={"model": arguments.model, "rope": arguments.rope, **inputs},
+        files=[],
+        facts=facts,
+    )

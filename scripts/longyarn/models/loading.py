@@ -1,0 +1,127 @@
+"""Loading models: always from safetensors, always with the RoPE that the manifest says.
+
+RoPE can reach a model in two ways that give identical frequencies. Written: the stage patch_rope
+wrote a ``config.json``, which is loaded. At load: nothing was written, and the settings are put into
+the configuration before the model is built (after that, they would have no effect).
+"""
+
+from pathlib import Path
+
+from longyarn.core import manifest
+from longyarn.core.errors import UserError, first_line
+from longyarn.core.files import read_json
+from longyarn.models.rope_checks import check_config, check_rotation
+
+
+def load_config(model_directory: Path, rope_path: Path, trust_remote_code: bool = False):
+    """Return the transformers configuration of a model with the RoPE of the manifest ``rope_path``.
+
+    A merged model carries its RoPE in its own ``config.json``; that must then agree.
+    """
+    from transformers import AutoConfig
+
+    rope = manifest.read(rope_path)
+    facts = rope["facts"]
+    written = [name for name in rope["files"] if name.endswith("config.json")]
+    source = Path(rope_path).parent / written[0] if written else Path(model_directory)
+    config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
+    if written:
+        # By the class of the model's own, whose code may lie beside its weights.
+        config = type(config).from_dict(read_json(source))
+    else:
+        config.rope_parameters = dict(facts["rope_parameters"])
+        config.max_position_embeddings = facts["max_position_embeddings"]
+        if facts["full_attention"]:
+            config.sliding_window = None
+    check_config(config, facts, source)
+    return config
+
+
+def load_model(
+    model_directory: Path,
+    rope_path: Path,
+    *,
+    dtype: str,
+    attention: str,
+    own_config: bool = False,
+    trust_remote_code: bool = False,
+):
+    """Return the causal language model of a directory with the RoPE of a manifest, checked.
+
+    ``own_config``: the directory is a finished model, which must carry that RoPE by itself.
+    ``dtype`` is ``fp32``, ``bf16`` or ``fp16``; ``attention`` is transformers' attn_implementation.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    facts = manifest.read_facts(rope_path)
+    if own_config:
+        config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
+        check_config(config, facts, model_directory)
+    else:
+        config = load_config(model_directory, rope_path, trust_remote_code)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_directory,
+            config=config,
+            dtype=torch_dtype(dtype),
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"the tensors in {model_directory} do not have the shapes that its config.json says; "
+            "model.source mixes files of two models, so restore them"
+        ) from None
+    if loading["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise UserError(
+            f"{model_directory} lacks the tensor {min(loading['missing_keys'])}; restore the files of "
+            "model.source"
+        )
+    check_rotation(model, facts)
+    return model
+
+
+def load_tokenizer(model_directory: Path, trust_remote_code: bool):
+    """Return the model's tokenizer, all of whose tokens the model has embeddings for."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_directory, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise UserError(
+            f"the tokenizer in {model_directory} cannot be loaded ({first_line(error)}); restore its "
+            "files in model.source"
+        ) from None
+    check_vocabulary(tokenizer, model_directory)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer, model_directory: Path) -> None:
+    """Stop when the tokenizer has a token beyond the model's embeddings.
+
+    A tokenizer with fewer tokens is common: embeddings are padded to a round number.
+    """
+    size = read_json(Path(model_directory) / "config.json").get("vocab_size")
+    largest, token = max((number, token) for token, number in tokenizer.get_vocab().items())
+    if size is not None and largest >= size:
+        raise UserError(
+            f"the tokenizer in {model_directory} has the token {token!r} with the number {largest}, where "
+            f"the model's vocabulary ends at {size - 1} (vocab_size {size} in config.json); they are of two "
+            "models, or tokens were added later, so restore the tokenizer's files in model.source"
+        )
+
+
+def torch_dtype(name: str):
+    """Return torch's dtype for ``fp32``, ``bf16`` or ``fp16``."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

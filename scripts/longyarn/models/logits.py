@@ -1,0 +1,40 @@
+"""A model's logits from its hidden states, with what some families do after the output head."""
+
+from longyarn.core.errors import UserError
+
+# By the setting of Granite, Cohere and Gemma: the value that changes nothing, and what another one does.
+AFTER_THE_HEAD = {
+    "logits_scaling": (1, lambda logits, value: logits / value),
+    "logit_scale": (1, lambda logits, value: logits * value),
+    "final_logit_softcapping": (None, lambda logits, value: (logits / value).tanh() * value),
+}
+
+
+def after_the_head(config) -> dict[str, float]:
+    """Return the settings by which a model changes its logits after the output head, with their values."""
+    values = {key: getattr(config, key, None) for key in AFTER_THE_HEAD}
+    return {k: v for k, v in values.items() if v not in (None, AFTER_THE_HEAD[k][0])}
+
+
+def logits(model, states):
+    """Return the logits of hidden states (…, hidden_size) as the model makes them, in float32."""
+    found = model.get_output_embeddings()(states).float()
+    for key, value in after_the_head(model.config.get_text_config()).items():
+        found = AFTER_THE_HEAD[key][1](found, value)
+    return found
+
+
+def check_logits(model) -> None:
+    """Stop where ``logits`` of the decoder's states are not the model's own: it does more to them."""
+    import torch
+
+    tokens = torch.arange(1, 17, device=model.device)[None]
+    with torch.inference_mode():
+        own = model(input_ids=tokens, use_cache=False).logits.float()
+        states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        found = logits(model, states).to(own.device)
+    if not torch.allclose(found, own, rtol=0.02, atol=0.02 * float(own.abs().max())):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output head in a way that Longyarn does "
+            "not know, so its perplexity would be wrong; choose another model"
+        )

@@ -1,0 +1,1 @@
+"""From figures to the report: the verdict, comparisons, pictures, and the model card."""

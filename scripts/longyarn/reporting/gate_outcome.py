@@ -1,0 +1,40 @@
+"""A run's figures against the thresholds of config section `verify`: for the gate, and for the model card."""
+
+from longyarn.config.thresholds import NEEDS
+from longyarn.reporting.verdict import clause, percent
+
+
+def compare(thresholds: dict, verdict: dict, error: float, tensor: str | None) -> list[dict]:
+    """Return for each threshold asked ``threshold``, ``passed``, ``decided`` and a ``sentence``.
+
+    ``verdict`` is that of report.json, ``error`` what the merge lost, in ``tensor``. A check that means
+    nothing, because RoPE was not extended, is left out; one that could not be made is missed.
+    """
+    asked = {key: limit for key, limit in thresholds.items() if limit is not None}
+    outcomes = {
+        check["name"]: (check["passed"], check["decided"], clause(check["sentence"]))
+        for check in verdict["checks"]
+    }
+    outcomes |= {gap["name"]: (False, False, gap["reason"]) for gap in verdict["not_checked"]}
+    found = {
+        key: outcomes[needs.check]
+        for key, needs in NEEDS.items()
+        if key in asked and needs.check in outcomes
+    }
+    if "merge_error" in asked:
+        sentence = (
+            f"rounding took {percent(error)} of what training changed in {tensor or 'any tensor'}, where "
+            f"at most {percent(asked['merge_error'])} is asked (merge.dtype: fp32 loses least)"
+        )
+        found["merge_error"] = (error <= asked["merge_error"], True, sentence)
+    return [
+        {"threshold": key, "passed": passed, "decided": decided, "sentence": said}
+        for key, (passed, decided, said) in found.items()
+    ]
+
+
+def missed(compared: list[dict]) -> str:
+    """Return the reasons why a run is not verified, as a clause; nothing where it is."""
+    return "; and ".join(
+        f"{one['sentence']} (verify.{one['threshold']})" for one in compared if not one["passed"]
+    )

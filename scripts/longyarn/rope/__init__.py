@@ -1,0 +1,1 @@
+"""RoPE: its settings, its frequencies, and its extension to a longer context."""

@@ -1,0 +1,161 @@
+"""What watches over training: the model before the first step, each step, and the course of the loss."""
+
+import os
+import sys
+from collections.abc import Callable
+from statistics import fmean, pstdev
+
+import torch
+from transformers import TrainerCallback
+
+from longyarn.core.errors import UserError
+from longyarn.models.rope_checks import check_rotation
+
+FINITE, GRADIENT_IS_BAD, LOSS_IS_BAD = range(3)
+NAMED = 5  # documents in a sentence
+WINDOW, ENOUGH = 50, 5  # logged losses that a spike is compared with
+COMPARED = 10  # logged losses at either end, for divergence
+
+
+def say(line: str) -> None:
+    """Print a line of progress from the first process."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+class Guards(TrainerCallback):
+    """Checks of the built engine before the first step, of each step, and of the course of the loss.
+
+    ``documents``, where given, returns the names of the documents in a step's batch (the first step
+    is 1); ``last_good`` names the newest whole checkpoint, None where there is none. Both go into the
+    sentence about a step that is not finite. ``longyarn.training.trainer.Trainer`` calls ``saw_loss`` and
+    ``check_step``: transformers has no event that shows a callback each step's loss and gradient.
+    """
+
+    def __init__(
+        self,
+        rope: dict,
+        document_masks: bool,
+        *,
+        documents: Callable[[int], list[str]] | None = None,
+        last_good: Callable[[], str | None] | None = None,
+    ) -> None:
+        self.rope = rope
+        self.document_masks = document_masks
+        self.documents = documents
+        self.last_good = last_good
+        self.passed: dict[str, object] = {}
+        self.loss_is_bad: torch.Tensor | None = None  # of a micro-batch of the step under way
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Check the rotation, and the masks where there are any."""
+        check_rotation(model, self.rope)
+        self.passed["inverse_frequencies_float32"] = True
+        if self.document_masks:
+            self.passed["document_mask_leak"] = check_masks(model, args.per_device_train_batch_size)
+
+    def saw_loss(self, loss: torch.Tensor) -> None:
+        """Take note of a micro-batch's loss; it stays on its device, so nothing waits for it."""
+        bad = ~torch.isfinite(loss.detach())
+        self.loss_is_bad = bad if self.loss_is_bad is None else self.loss_is_bad | bad
+
+    def check_step(self, step: int, gradient_is_bad: bool, device: torch.device) -> None:
+        """Raise ``UserError`` in all processes if this step was not finite in any of them."""
+        found = torch.tensor(GRADIENT_IS_BAD if gradient_is_bad else FINITE, device=device)
+        if self.loss_is_bad is not None:
+            found = torch.maximum(found, self.loss_is_bad.to(found) * LOSS_IS_BAD)
+        self.loss_is_bad = None
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        if found == FINITE:
+            return
+        what = "loss" if found == LOSS_IS_BAD else "gradient"
+        batch = f" on {listed(self.documents(step))}" if self.documents else ""
+        last = self.last_good() if self.last_good else None
+        raise UserError(
+            f"the {what} is not finite at step {step}{batch}; nothing of this step was saved and "
+            f"{f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}, so "
+            "look at the batch, lower training.learning_rate or choose another training.precision, and "
+            "run again"
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Warn of a loss that jumps or climbs.
+
+        All is taken from the logged history, which a checkpoint has, so a resumed run warns alike.
+        """
+        if not (logs and "loss" in logs):
+            return
+        entries = [entry for entry in state.log_history if "loss" in entry]
+        losses = [entry["loss"] for entry in entries]
+        if usual := spike(losses):
+            say(
+                f"train: warning: the loss jumped to {losses[-1]:.4f} at step {state.global_step} from "
+                f"{usual:.4f} on average; watch whether it comes back"
+            )
+        warm = args.get_warmup_steps(state.max_steps)
+        settled = [entry["loss"] for entry in entries if entry["step"] > warm]
+        if diverges(settled) and not diverges(settled[:-1]):  # once, when it begins
+            say(
+                f"train: warning: the loss climbs, by step {state.global_step} to "
+                f"{fmean(settled[-COMPARED:]):.4f} from {fmean(settled[:COMPARED]):.4f} after the warm-up; "
+                "if it goes on, lower training.learning_rate"
+            )
+
+
+def listed(documents: list[str]) -> str:
+    """Return how a sentence lists a batch's documents: at most five, and how many more there are."""
+    more = len(documents) - NAMED
+    return ", ".join(documents[:NAMED]) + (f" and {more} more documents" if more > 0 else "")
+
+
+def spike(losses: list[float]) -> float | None:
+    """Return the mean of up to 50 losses before the last if the last is a spike above it, else None.
+
+    A spike is more than six standard deviations above, which ordinary noise does not reach, and more
+    than 20 %, because the deviation of a few near losses says little.
+    """
+    before = losses[-1 - WINDOW : -1]
+    if len(before) < ENOUGH:
+        return None
+    mean = fmean(before)
+    return mean if losses[-1] > mean + max(6 * pstdev(before), 0.2 * mean) else None
+
+
+def diverges(losses: list[float]) -> bool:
+    """Tell whether the mean of the last ten losses is more than 10 % above that of the first ten."""
+    if len(losses) < 2 * COMPARED:
+        return False
+    return fmean(losses[-COMPARED:]) > 1.1 * fmean(losses[:COMPARED])
+
+
+def check_masks(model, micro_batch_size: int = 1, length: int = 16) -> float:
+    """Stop unless a piece's logits are the same packed behind another and alone; return the leak.
+
+    The leak is the largest difference of logits relative to the largest logit. Masks have several
+    silent off-switches (an attention_mask passed, a cache in use, some attention kernels, more than one
+    sequence for others), so this looks at what the model does, with ``micro_batch_size`` sequences.
+    """
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    size = (2, micro_batch_size, length)
+    first, second = torch.randint(vocabulary, size, generator=generator).to(model.device)
+    alone_positions = torch.arange(length, device=model.device).expand(micro_batch_size, length)
+    both = torch.cat([first, second], dim=1)
+    both_positions = torch.cat([alone_positions, alone_positions], dim=1)
+    with torch.no_grad():
+        packed = model(input_ids=both, position_ids=both_positions, use_cache=False).logits
+        alone = model(input_ids=second, position_ids=alone_positions, use_cache=False).logits
+    model.train(was_training)
+    difference = (packed[:, length:].float() - alone.float()).abs().max()
+    leak = float(difference / alone.float().abs().max())
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 3e-2
+    if not leak <= tolerance:
+        raise UserError(
+            f"document masks are not in force (leak {leak:.1e}): training.attention "
+            f"{model.config._attn_implementation} drops them here; choose another, or set "
+            "mix.document_masks to false"
+        )
+    return leak

@@ -1,0 +1,140 @@
+"""What training shows and records of its course: a line of progress and a line of JSON a log entry."""
+
+import json
+import math
+import resource
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from longyarn.core.files import write_text
+from longyarn.training.guards import say
+
+
+class Metrics(TrainerCallback):
+    """Prints a line for each log entry and appends it to a file of JSON lines, in the first process.
+
+    ``file``: where to append; None only prints. ``tokens_per_step`` are those of the whole job, as are
+    ``flops_per_token`` (of training) and ``peak_flops`` (operations a second), which give the model
+    FLOPs utilisation (MFU) on GPUs.
+
+    A line of the file has ``step``, ``loss``, ``learning_rate``, ``grad_norm``, ``tokens`` (trained on
+    since step 0), ``tokens_per_second`` (since the entry before), ``seconds`` (of training since step 0,
+    over all attempts), ``memory_bytes`` (peak of the first process, on its GPU where it has one) and
+    ``mfu`` (a fraction) where known; or ``step`` and the losses on the held-out documents, each
+    ``held_out_<length>``. A number that is not finite is null.
+    """
+
+    def __init__(
+        self,
+        file: Path | None,
+        *,
+        tokens_per_step: int,
+        flops_per_token: float = 0.0,
+        peak_flops: float = 0.0,
+    ) -> None:
+        self.file = Path(file) if file else None
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take out of the file what the checkpoint does not have, and start the clock."""
+        kept = []
+        if self.file and state.is_world_process_zero:
+            kept = keep_until(self.file, state.global_step)
+        self.seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+        self.begin = self.last = time.monotonic()
+        self.first_step = self.last_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Print and append an entry with a loss; append one of held-out losses."""
+        if not (logs and state.is_world_process_zero):
+            return
+        if held_out := {key: logs[key] for key in logs if key.startswith("held_out_")}:
+            self._append({"step": state.global_step} | held_out)
+        if "loss" not in logs:
+            return
+        now, step = time.monotonic(), state.global_step
+        elapsed = now - self.begin
+        rate = (step - self.last_step) * self.tokens_per_step / (now - self.last)
+        self.last, self.last_step = now, step
+        line = {
+            "step": step,
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": rate,
+            "seconds": self.seconds_before + elapsed,
+            "memory_bytes": peak_memory(args.device),
+        }
+        if self.peak_flops and self.flops_per_token and args.device.type == "cuda":
+            line["mfu"] = self.flops_per_token * rate / self.peak_flops
+        self._append(line)
+        left = elapsed / max(1, step - self.first_step) * (state.max_steps - step)
+        say(describe(line, state.max_steps, left))
+
+    def _append(self, line: dict) -> None:
+        if self.file:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
+
+
+def describe(line: dict, steps: int, left: float) -> str:
+    """Return the line of progress for a line of the file; ``left`` are seconds to go."""
+    parts = [
+        f"learning rate {line['learning_rate']:.2e}" if line["learning_rate"] is not None else "",
+        f"grad norm {line['grad_norm']:.3f}" if line["grad_norm"] is not None else "",
+        f"{line['tokens_per_second']:.0f} tokens/s",
+        f"{line['memory_bytes'] / 2**30:.1f} GiB",
+        f"MFU {line['mfu']:.1%}" if "mfu" in line else "",
+        f"{duration(left)} left",
+    ]
+    told = ", ".join(part for part in parts if part)
+    return f"train: step {line['step']}/{steps} loss {line['loss']:.4f} ({told})"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``h:mm:ss``, or as ``s`` below a minute."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes so far of this process: allocated on its GPU, or else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value, None in place of what JSON cannot say."""
+    return value if value is None or math.isfinite(value) else None
+
+
+def keep_until(file: Path, step: int) -> list[dict]:
+    """Drop from a metrics file the lines after ``step`` and any torn one; return the lines kept.
+
+    An attempt that was killed has logged steps after its last checkpoint; they will be trained again.
+    """
+    kept = [line for line in read(file) if line["step"] <= step] if file.is_file() else []
+    write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
+
+
+def read(file: Path) -> list[dict]:
+    """Return the lines of a metrics file, without one that a crash has torn."""
+    lines = []
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines

@@ -1,0 +1,1 @@
+"""Paths and command lines for the rules."""
