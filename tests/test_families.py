@@ -175,36 +175,38 @@ def rows() -> list[str]:
     return lines
 
 
-TEXT = """# Models
+TEXT = """\
+# Models
 
-Where a model comes from, how it is checked, and which families can be extended. The two tables come from
-`tests/test_families.py`, which runs the stage patch_rope on what each model's published `config.json` says
-of architecture, RoPE and attention; `python tests/test_families.py` prints this page, and a test compares
-it. That is the level of proof: the configuration and its frequencies, which must equal transformers' own to
-1e-6. No model of this list has been trained by us.
+Where a model comes from, how it is checked, and which families can be extended.
+
+`tests/test_families.py` makes the two tables. It runs the stage `patch_rope` on what each model's published
+`config.json` says about architecture, RoPE and attention. `python tests/test_families.py` prints this page,
+and a test compares it. So the tables prove the configuration and its frequencies, which must equal
+transformers' own to 1e-6. They prove no more: we have not trained any model of this list.
 
 ## From the hub, or from a directory
 
 `model.source` is a directory, or owner/name on the Hugging Face hub with `model.revision`.
 
 - **Pinned.** The revision is a commit of 40 hexadecimal digits. A branch or a tag is resolved when the model
-  is downloaded, and said aloud; the commit is in the manifest `base.json`, under `facts.revision`. With
-  `model.locked: true` only a commit is taken.
+  is downloaded, and the log says so. The manifest `base.json` has the commit under `facts.revision`. With
+  `model.locked: true` only a commit is accepted.
 - **Safetensors only, and only what is needed**: the tensors that the index names, configuration, tokenizer,
-  licence. Other formats, second copies (`consolidated.safetensors`), subdirectories and, without
-  `trust_remote_code`, Python files stay where they are. A repository without safetensors is refused before
+  license. Other formats, second copies (`consolidated.safetensors`), subdirectories and, without
+  `trust_remote_code`, Python files are not downloaded. A repository without safetensors is refused before
   anything is downloaded.
-- **Checked.** Every file is compared with the hub's hash: SHA-256 where it lies in LFS, git's blob hash
-  otherwise. A file that differs is removed from the cache, and the run stops; the next one brings it anew.
-- **Side by side, and again.** Files come eight at a time. A cut connection is taken up where it was, in
-  pieces of 10 MiB. After a run that was killed, files that came whole are kept and the others start anew.
-- **Gated and private repositories** need the token of `hf auth login`, or `HF_TOKEN`. Without access one
-  sentence says what to do, in the preflight already. The token is in no manifest and no log.
-- **Without a network** (or with `HF_HUB_OFFLINE=1`) what the cache has whole is used, and checked by the
-  hashes that the hub gave when it was downloaded.
-- `HF_ENDPOINT` names another hub; the tests use one of their own (`tests/hub`), over plain HTTP. What the
-  client does for files that the hub has in Xet storage is its own, and was not tried here; nor was a download
-  from huggingface.co.
+- **Checked.** Every file is compared with the hub's hash: SHA-256 if it is in LFS, git's blob hash otherwise.
+  A file that differs is removed from the cache, and the run stops. The next run downloads it again.
+- **In parallel, and resumable.** Eight files are downloaded at a time. After a lost connection a download
+  resumes where it was, in pieces of 10 MiB. After a run that was killed, complete files are kept and the
+  others are downloaded again.
+- **Gated and private repositories** need the token of `hf auth login`, or `HF_TOKEN`. Without access, one
+  sentence says what to do, already in the preflight. No manifest and no log contains the token.
+- **Without a network** (or with `HF_HUB_OFFLINE=1`), a model that is complete in the cache is used. It is
+  checked with the hashes that the hub gave when it was downloaded.
+- `HF_ENDPOINT` names another hub. The tests use their own (`tests/hub`), over plain HTTP. We did not try what
+  the client does for files in the hub's Xet storage, nor a download from huggingface.co.
 
 A tokenizer with a token beyond the model's `vocab_size` is refused when it is loaded, before training.
 
@@ -213,36 +215,37 @@ A tokenizer with a token beyond the model's `vocab_size` is refused when it is l
 """
 
 BETWEEN = """
-The second table says which models can be evaluated as they are, as the variant `base`.
+The second table says which models can be evaluated unchanged, as the variant `base`.
 
 """
 
 NOTES = """
-## What stands behind it
+## Notes on the families
 
-- **Llama 3.1** carries `llama3` scaling: pairs that turn less than once within 8192 tokens are slowed by 8,
-  those that turn more than 4 times are left, and it was trained so to 131072. YaRN takes its place, from 8192
-  on and with `rope_theta` kept; the two cannot be put on top of one another in one `config.json`. So the fast
-  pairs stay, and the slow ones go from 8 to s times slower. Because that discards something that was
-  learnt, it has to be asked for: state the length and a reason. The stage says what it replaces, and the
-  manifest keeps it under `facts.replaced`. A target within 131072 is refused.
-- **Mixtral**'s type leaves `head_dim` open where config.json does not state it, and transformers then builds
-  no YaRN. Such a model is refused, and the sentence says what to write there, in a local copy.
-- **Mistral v0.1** attends within 4096 tokens, and its config says 32768 where YaRN's authors took 8192.
-  `rope.sliding_window: full` lifts the window in the extended model (its untouched base keeps it), as they
-  did. v0.3 has no window.
-- **Qwen 2 and 2.5** state a window and switch it off with `use_sliding_window: false`. One that switches it
-  on has layers of two kinds, and is refused like Gemma 2.
-- **Phi-3** in transformers takes RoPE of the types default and longrope alone, and reads `yarn` as
-  longrope. NTK is default RoPE with another base, so it is what can be had. Models with `longrope`, of 128k,
-  use one set of frequencies up to 4096 tokens and another beyond. Perplexity at all lengths is read from
-  one pass over the longest, which would then be wrong, so they are refused, the base too.
-- **Gemma 2 and 3** alternate local and global layers. Gemma 3 gives each kind its own RoPE; in Gemma 2 one
-  RoPE serves both, and slowing it would change distances that local layers know and that have not grown.
-- **GPT-NeoX** rotates a quarter of each head, `rotary_pct`; all formulas use the rotated dimensions.
-- A factor of 2 from 131072, as for Qwen above, is a matter of configuration; memory is another
-  ([planning.md](planning.md)). The plan knows the shapes of Llama, Mistral and Qwen only; for another
-  family set `model.shape` to the nearest.
+- **Llama 3.1** has `llama3` scaling: pairs that turn less than once within 8192 tokens are slowed down by
+  8, pairs that turn more than 4 times are unchanged, and the model was trained this way to 131072. YaRN
+  replaces it, starting from 8192 and with the same `rope_theta`; one `config.json` cannot combine the two.
+  So the fast pairs stay, and the slow ones change from 8 to s times slower. This discards something that
+  was learned, so you must ask for it: state the length and a reason. The stage says what it replaces, and
+  the manifest records it under `facts.replaced`. A target within 131072 is refused.
+- **Mixtral** has no default for `head_dim`, and transformers builds no YaRN if config.json does not state
+  it. Such a model is refused, and the error says what to write there, in a local copy.
+- **Mistral v0.1** attends within 4096 tokens, and its config says 32768 where YaRN's authors used 8192.
+  `rope.sliding_window: full` removes the window from the extended model, as they did. The unchanged base
+  keeps it. v0.3 has no window.
+- **Qwen 2 and 2.5** state a window and switch it off with `use_sliding_window: false`. A model that
+  switches it on has layers of two kinds, and is refused like Gemma 2.
+- **Phi-3** in transformers supports only RoPE of the types default and longrope, and reads `yarn` as
+  longrope. NTK is default RoPE with another base, so it is the one method that works. The 128k models with
+  `longrope` use one set of frequencies up to 4096 tokens and another one beyond. Perplexity at all lengths
+  comes from one pass over the longest, which would be wrong for them. So they are refused, as a base too.
+- **Gemma 2 and 3** alternate local and global layers. Gemma 3 has different RoPE for each kind. In Gemma 2
+  one RoPE serves both, and slowing it down would change distances in the local layers, whose window has not
+  grown.
+- **GPT-NeoX** rotates a quarter of each head, `rotary_pct`. All formulas use the rotated dimensions.
+- A factor of 2 from 131072, as for Qwen above, is valid as a configuration. Memory is another question
+  ([planning.md](planning.md)). The plan knows only the shapes of Llama, Mistral and Qwen. For another
+  family, set `model.shape` to the nearest.
 """
 
 
