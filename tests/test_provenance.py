@@ -165,7 +165,7 @@ def test_sealing_again_changes_the_record_of_the_seal_alone(copy):
 def test_a_linked_file_is_read_once_and_what_is_half_written_not_at_all(copy, monkeypatch):
     read = []
     original = sha256
-    monkeypatch.setattr(manifest, "sha256", lambda path: read.append(path) or original(path))
+    monkeypatch.setattr(checksums, "sha256", lambda path: read.append(path) or original(path))
     (copy / "again").hardlink_to(copy / "merged/model.safetensors")
     (copy / "x.json.123.partial").write_text("{")
     found = checksums.hashes(copy, run_directory.to_seal(run_directory.everything(copy)), "hash")
@@ -233,7 +233,7 @@ def test_what_changes_while_it_is_read_is_one_sentence(tmp_path, monkeypatch):
             change(tmp_path / "b")
             return digest
 
-        monkeypatch.setattr(manifest, "sha256", read)
+        monkeypatch.setattr(checksums, "sha256", read)
         with pytest.raises(UserError, match="b changed while it was read; run again when nothing"):
             checksums.hashes(tmp_path, ["b", "a"], "hash")
         monkeypatch.undo()

@@ -116,10 +116,10 @@ def write_environment(path: Path) -> None:
 
     A record that cannot be made is said and fails no stage; a full disk does.
     """
-    record = path_of(path)
+    written = path_of(path)
     try:
-        write_json(record, record())
+        write_json(written, record())
     except Exception as error:
         if disk_is_full(error):
             raise
-        print(f"{record} is not written ({first_line(error)})", file=sys.stderr)
+        print(f"{written} is not written ({first_line(error)})", file=sys.stderr)
