@@ -15,6 +15,7 @@ from longyarn.core.code_hash import code_hash
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import new_directory, read_json, sha256, write_json, write_text
 from longyarn.core.lineage import STAGES, chain, parts, phases_of
+from longyarn.core.units import duration
 from longyarn.evaluation.variant_model import INSTRUMENTS
 from longyarn.reporting import comparisons, figures, verdict
 
@@ -348,17 +349,6 @@ def page(template: Path, report: dict, images: dict) -> str:
         )
     except (jinja2.TemplateError, OSError) as error:
         raise UserError(f"the template {template} cannot be filled ({error}); mend it") from error
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as a person says them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02d} min"
 
 
 def size(count: int) -> str:

@@ -19,6 +19,7 @@ from longyarn.config import sweep_cells
 from longyarn.core import job_record, manifest
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import write_json, write_text
+from longyarn.core.units import duration
 from longyarn.reporting import comparisons, figures, verdict
 from longyarn.reporting.verdict import between, percent, significant
 
@@ -187,7 +188,7 @@ def page(found: dict, image: str) -> str:
             f"`{name}`",
             *(word for length in at for word in words(cell["figures"][length])),
             f"{cell['tokens_seen']:,}",
-            duration(cell["train_seconds"]),
+            "" if cell["train_seconds"] is None else duration(cell["train_seconds"]),
         ]
         for name, cell in found["cells"].items()
     ]
@@ -227,11 +228,6 @@ def bold(figure: dict, write) -> str:
     stars = "**" if figure["significant"] else ""
     value = f"{stars}{write(figure['value'])}{stars}"
     return f"{value} ({between(figure['low'], figure['high'], write)})"
-
-
-def duration(seconds: float | None) -> str:
-    """Write the time of a training; nothing where it was not recorded."""
-    return "" if seconds is None else report.duration(seconds)
 
 
 def seeds_in_words(found: dict) -> list[str]:

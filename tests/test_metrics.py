@@ -15,6 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from longyarn.core.units import duration
 from longyarn.training import metrics
 from longyarn.training.metrics import Metrics
 
@@ -63,7 +64,7 @@ def test_lines_say_what_the_trainer_logged(tmp_path, capsys):
     assert len(shown) == 6
     form = (
         r"train: step 6/6 loss \d+\.\d{4} \(learning rate \d\.\d\de-\d\d, grad norm \d+\.\d{3}, "
-        r"\d+ tokens/s, \d+\.\d GiB, 0 s left\)"
+        r"\d+ tokens/s, \d+\.\d GiB, 0\.0 s left\)"
     )
     assert re.fullmatch(form, shown[-1])
 
@@ -118,7 +119,7 @@ def test_the_rate_is_of_the_time_since_the_last_entry(tmp_path, monkeypatch, cap
     assert (first["tokens"], first["seconds"]) == (20_000, 10.0)
     # 20 steps took 12 s, so 70 more take 42 s, and 80 more from the first entry take 80 s.
     shown = capsys.readouterr().err.splitlines()
-    assert shown[1].endswith(", 42 s left)") and shown[0].endswith(", 0:01:20 left)")
+    assert shown[1].endswith(", 42 s left)") and shown[0].endswith(", 1 min 20 s left)")
 
 
 def test_mfu_is_told_on_a_gpu_only(tmp_path, monkeypatch, capsys):
@@ -160,7 +161,16 @@ def test_only_the_first_process_writes_and_without_a_file_none(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "0:01:00"), (90061, "25:01:01")]
+    ("seconds", "words"),
+    [
+        (0.44, "0.4 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (3599.4, "59 min 59 s"),
+        (90061, "25 h 01 min"),
+    ],
 )
-def test_durations(seconds, told):
-    assert metrics.duration(seconds) == told
+def test_durations(seconds, words):
+    assert duration(seconds) == words

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from longyarn.core.files import write_text
+from longyarn.core.units import duration
 from longyarn.training.guards import say
 
 
@@ -95,14 +96,6 @@ def describe(line: dict, steps: int, left: float) -> str:
     ]
     told = ", ".join(part for part in parts if part)
     return f"train: step {line['step']}/{steps} loss {line['loss']:.4f} ({told})"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as ``h:mm:ss``, or as ``s`` below a minute."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def peak_memory(device: torch.device) -> int:
