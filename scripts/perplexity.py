@@ -141,8 +141,8 @@ def truncate(whole: dict[str, list[np.ndarray]], lengths: list[int]) -> dict[str
     """Return the figure of each document's first window, by the window's length.
 
     ``whole`` has the losses of windows of the longest length. The model is causal and its RoPE does not
-    change with the length (longyarn.rope.parameters refuses any that does), so a token's loss is the same in every
-    window that begins where this one does, and no length needs a pass of its own.
+    change with the length (longyarn.rope.parameters refuses any that does). So a token's loss is the same
+    in every window that begins where this one does, and one pass serves all lengths.
     """
     return {
         str(length): figure({name: [parts[0][: length - 1]] for name, parts in whole.items()})

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from stages import MICRO_BASE
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from longyarn.core.errors import UserError
+from longyarn.data import python_packages
 from longyarn.evaluation import window_losses as module
 from longyarn.evaluation.window_losses import Window, batches, window_losses, windows
 from longyarn.models.logits import check_logits
@@ -133,16 +135,27 @@ def extended(length: int, dtype: torch.dtype):
     return AutoModelForCausalLM.from_pretrained(MICRO_BASE, config=config, dtype=dtype).eval()
 
 
-def test_bf16_and_float32_agree_to_a_thousandth():
-    text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
-    ids = AutoTokenizer.from_pretrained(MICRO_BASE)(text)["input_ids"][:8192]
-    found = {
-        dtype: window_losses(
-            extended(4096, dtype), {"docs": np.asarray(ids, np.int32)}, 4096, None, "test"
-        )["docs"]
-        for dtype in (torch.float32, torch.bfloat16)
+def held_out_tokens() -> dict[str, np.ndarray]:
+    """Return the first 8,192 tokens of each held-out book of the test configuration."""
+    corpus = yaml.safe_load((ROOT / "tests" / "config.yaml").read_text())["corpus"]
+    (package,) = corpus["packages"]
+    rules = [{"format": "text", "exclude": []} | rule for rule in package["documents"]]
+    books = python_packages.read(package | {"documents": rules}, ROOT / ".cache" / "packages")
+    texts = {book["id"]: book["text"] for book in books if book["id"] in corpus["held_out"]}
+    tokenizer = AutoTokenizer.from_pretrained(MICRO_BASE)
+    return {
+        name: np.asarray(tokenizer(text)["input_ids"][:8192], np.int32)
+        for name, text in texts.items()
     }
-    means = [np.concatenate(losses).mean() for losses in found.values()]
+
+
+def test_bf16_and_float32_agree_to_a_thousandth():
+    texts = held_out_tokens()
+    assert [len(tokens) for tokens in texts.values()] == [8192, 8192]
+    means = []
+    for dtype in (torch.float32, torch.bfloat16):
+        losses = window_losses(extended(4096, dtype), texts, 4096, None, "test")
+        means.append(np.concatenate([part for parts in losses.values() for part in parts]).mean())
     assert np.exp(means[1] - means[0]) == pytest.approx(1, abs=1e-3)
 
 
