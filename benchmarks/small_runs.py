@@ -24,7 +24,7 @@ def configured(length: int, training: dict, document_masks: bool = True) -> dict
     config["training"] = training
     for instrument in ("perplexity", "passkey"):
         config["evaluation"][instrument]["lengths"] = [64]
-    config["verify"] = {}
+    config["gate"] = {}
     return complete(config, ROOT / "schemas" / "config.schema.yaml")
 
 

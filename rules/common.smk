@@ -281,7 +281,7 @@ def evaluation_lengths():
         "--tokens-per-document": [perplexity["tokens_per_document"]],
         "--passkey-lengths": passkey["lengths"],
         "--digits": [passkey["digits"]],
-        "--thresholds": [as_json(config["verify"])],
+        "--thresholds": [as_json(config["gate"])],
         "--needles": [passkey["needles"]],
     }
     if passkey["haystack"]:

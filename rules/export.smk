@@ -27,7 +27,7 @@ rule export:
         settings=as_json(
             {key: config["export"][key] for key in ("name", "license", "language")}
         ),
-        thresholds=as_json(config["verify"]),
+        thresholds=as_json(config["gate"]),
     shell:
         "python scripts/export.py --merge {input.merge} --rope {input.rope}"
         " --report {input.report} --thresholds {params.thresholds} --settings {params.settings}"

@@ -1,4 +1,4 @@
-"""The gate: compare with config section `verify`. In: report, merged model. Out: a manifest, or a failure.
+"""The gate: compare with config section `gate`. In: report, merged model. Out: a manifest, or a failure.
 
 A run that misses a threshold fails. The model stays where it is, and NOT_VERIFIED.txt stands beside it:
 no output of the rule, because Snakemake deletes those of a job that failed.
@@ -21,7 +21,7 @@ rule gate:
         runtime=request("gate", "runtime"),
     params:
         code=code("gate"),
-        thresholds=as_json(config["verify"]),
+        thresholds=as_json(config["gate"]),
         mark=f"{RUN}/NOT_VERIFIED.txt",
     shell:
         "python scripts/gate.py --report {input.report} --merge {input.merge}"

@@ -56,7 +56,7 @@ rule report:
         passkey=by_name("passkey", VARIANTS),
         harness=by_name("harness", HARNESS_VARIANTS),
         phases=[f"{job}={written}" for job, written in EARLIER.items()],
-        thresholds=as_json(config["verify"]),
+        thresholds=as_json(config["gate"]),
         disclosure=config["model"]["disclosure"] or "",
         benchmarks=f"{RUN}/benchmarks",
     shell:

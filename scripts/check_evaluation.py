@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--passkey-lengths", type=int, nargs="+", required=True)
     parser.add_argument("--digits", type=int, required=True, help="digits of a key")
     parser.add_argument(
-        "--thresholds", type=json.loads, required=True, help="config section `verify`, as JSON"
+        "--thresholds", type=json.loads, required=True, help="config section `gate`, as JSON"
     )
     parser.add_argument("--needles", type=int, default=1, help="keys in a prompt")
     parser.add_argument("--haystack", type=Path, help="text that hides them; default: the filler")

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rope", type=Path, required=True, help="manifest of its RoPE settings")
     parser.add_argument("--report", type=Path, required=True, help="report.json of the run")
     parser.add_argument(
-        "--thresholds", type=json.loads, required=True, help="config section `verify`, as JSON"
+        "--thresholds", type=json.loads, required=True, help="config section `gate`, as JSON"
     )
     parser.add_argument(
         "--settings", type=json.loads, required=True, help="name, license and language, as JSON"

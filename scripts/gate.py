@@ -1,4 +1,4 @@
-"""The gate of a run: its figures against the thresholds of config section `verify`.
+"""The gate of a run: its figures against the thresholds of config section `gate`.
 
 A figure passes on its value; where its interval reaches across the threshold, that is said. A run that
 misses a threshold ends with exit code 1 and one sentence. Nothing is deleted: a mark stands beside the
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, required=True, help="report.json of the run")
     parser.add_argument("--merge", type=Path, required=True, help="manifest of the merged model")
     parser.add_argument(
-        "--thresholds", type=json.loads, required=True, help="config section `verify`, as JSON"
+        "--thresholds", type=json.loads, required=True, help="config section `gate`, as JSON"
     )
     parser.add_argument("--mark", type=Path, required=True, help="file that marks a failed run")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
@@ -52,14 +52,12 @@ def main() -> None:
 def in_words(compared: list[dict]) -> str:
     """Return what a run that passed is told."""
     if not compared:
-        return (
-            "gate: no threshold is set in config section verify, so nothing was asked of this run"
-        )
+        return "gate: config section gate sets no threshold, so nothing is asked of this run"
     close = [one["threshold"] for one in compared if not one["decided"]]
     also = (
         f"; {' and '.join(close)} on the value alone, because no interval decides" if close else ""
     )
-    return f"gate: {len(compared)} threshold{'s' * (len(compared) > 1)} of verify met{also}"
+    return f"gate: {len(compared)} threshold{'s' * (len(compared) > 1)} met{also}"
 
 
 if __name__ == "__main__":

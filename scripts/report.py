@@ -37,7 +37,7 @@ def main() -> None:
         help="manifests of earlier phases, in order: phase-1/pack=manifest, phase-1/train=…",
     )  # fmt: skip
     parser.add_argument(
-        "--thresholds", type=json.loads, required=True, help="config section `verify`, as JSON"
+        "--thresholds", type=json.loads, required=True, help="config section `gate`, as JSON"
     )
     parser.add_argument(
         "--disclosure", default="", help="what the base has in common with the tests"

@@ -22,7 +22,7 @@ from longyarn.provenance.verification import Run
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 # Sections of the configuration that a manifest has the keys of that its stage ran with.
-SECTIONS = {"training": "trained.json", "verify": "verified.json"}
+SECTIONS = {"training": "trained.json", "gate": "verified.json"}
 
 
 def main() -> None:

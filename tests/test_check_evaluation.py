@@ -39,7 +39,7 @@ def test_a_possible_evaluation_passes(finished):
                     dict.fromkeys(thresholds.NEEDS) | {"retention_ratio": 1.1}
                 ),
             },
-            "verify.retention_ratio needs evaluation.perplexity.lengths to have the model's original",
+            "gate.retention_ratio needs evaluation.perplexity.lengths to have the model's original",
         ),
         ({"passkey_lengths": [256], "needles": 10}, "has 256, too short for 10 keys"),
         ({"haystack": "no/such.txt"}, "evaluation.passkey.haystack no/such.txt cannot be read"),

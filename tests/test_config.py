@@ -250,9 +250,9 @@ def test_a_mistake_gets_one_sentence_that_names_the_key(changes, expected):
 def test_what_was_written_otherwise_before_is_still_read():
     evaluation = DEFAULT["evaluation"]
     older = evaluation | {"perplexity": evaluation["perplexity"] | {"stride": None}}
-    filled = complete(DEFAULT | {"evaluation": older, "verify": None}, SCHEMA_PATH)
+    filled = complete(DEFAULT | {"evaluation": older, "gate": None}, SCHEMA_PATH)
     assert filled["evaluation"] == complete(DEFAULT, SCHEMA_PATH)["evaluation"]
-    assert set(filled["verify"].values()) == {None}
+    assert set(filled["gate"].values()) == {None}
 
 
 def test_a_long_value_is_cut():

@@ -59,8 +59,8 @@ def test_a_run_within_all_thresholds_passes_and_its_mark_goes(tmp_path):
 )
 def test_each_miss_is_one_sentence_with_figure_and_threshold(tmp_path, key, changes, words):
     sentence = refusal(gate, *made(tmp_path, ASKED, **changes))
-    assert words in sentence and f"verify.{key}" in sentence and "is asked" in sentence
-    assert [other for other in ASKED if f"verify.{other}" in sentence] == [key]
+    assert words in sentence and f"gate.{key}" in sentence and "is asked" in sentence
+    assert [other for other in ASKED if f"gate.{other}" in sentence] == [key]
     assert not (tmp_path / "verified.json").exists()
     assert words in (tmp_path / "NOT_VERIFIED.txt").read_text()
     # Switched off, the same figures pass.
@@ -70,12 +70,12 @@ def test_each_miss_is_one_sentence_with_figure_and_threshold(tmp_path, key, chan
 
 def test_a_pass_on_the_value_alone_is_said(tmp_path, capsys):
     run(gate, *made(tmp_path, ASKED, passkey=FOUND | {"trained": {512: 30, 4096: 29}}))
-    assert "4 thresholds of verify met; passkey_rate on the value alone" in capsys.readouterr().err
+    assert "4 thresholds met; passkey_rate on the value alone" in capsys.readouterr().err
 
 
 def test_no_threshold_asks_nothing_and_says_so(tmp_path, capsys):
     run(gate, *made(tmp_path, NONE))
-    assert "no threshold is set" in capsys.readouterr().err
+    assert "config section gate sets no threshold" in capsys.readouterr().err
     assert manifest.read(tmp_path / "verified.json")["facts"]["compared"] == []
 
 
@@ -83,7 +83,7 @@ def test_a_figure_that_was_not_measured_is_missed(tmp_path):
     sentence = refusal(
         gate, *made(tmp_path, NONE | {"passkey_rate": 0.9}, passkey={"base": {512: 1}})
     )
-    assert "passkey of 'trained' was not evaluated (verify.passkey_rate)" in sentence
+    assert "passkey of 'trained' was not evaluated (gate.passkey_rate)" in sentence
 
 
 def test_without_extension_what_means_nothing_is_left_out(tmp_path):
@@ -101,14 +101,14 @@ def test_without_extension_what_means_nothing_is_left_out(tmp_path):
     [
         (
             {"evaluation.variants": ["base", "yarn"]},
-            "verify.perplexity_ratio needs the variant 'trai",
+            "gate.perplexity_ratio needs the variant 'trai",
         ),
-        ({"evaluation.variants": ["trained"]}, "verify.retention_ratio needs the variant 'base'"),
+        ({"evaluation.variants": ["trained"]}, "gate.retention_ratio needs the variant 'base'"),
         (
             {"evaluation.passkey.lengths": [512]},
-            "verify.passkey_rate needs evaluation.passkey.lengths to have rope.target_length, 4096",
+            "gate.passkey_rate needs evaluation.passkey.lengths to have rope.target_length, 4096",
         ),
-        ({"evaluation.perplexity.lengths": [512]}, "verify.perplexity_ratio needs evaluation.perp"),
+        ({"evaluation.perplexity.lengths": [512]}, "gate.perplexity_ratio needs evaluation.perp"),
         (
             {
                 "evaluation.perplexity.lengths": [4096],
@@ -116,7 +116,7 @@ def test_without_extension_what_means_nothing_is_left_out(tmp_path):
             },
             "to have the model's original length, 512",
         ),
-        ({"verify.passkey_rate": 95}, "'verify.passkey_rate' is 95, but must be at most 1"),
+        ({"gate.passkey_rate": 95}, "'gate.passkey_rate' is 95, but must be at most 1"),
     ],
 )
 def test_a_threshold_that_nothing_would_measure_is_refused_before_the_run(changes, words):
@@ -133,11 +133,11 @@ def test_the_original_length_is_checked_before_training():
 def test_a_missed_threshold_fails_the_run_and_keeps_its_files(finished_copy):
     """Through Snakemake: exit code 1, nothing deleted, and nothing but the gate after the mend."""
     made = finished_copy.directory / "results/tests"
-    asked = {"verify": {"perplexity_ratio": 0.01}}
+    asked = {"gate": {"perplexity_ratio": 0.01}}
     done = finished_copy.snakemake(overrides=asked, check=False)
     assert done.returncode == 1
     error = next(line for line in done.stdout.splitlines() if line.startswith("error: "))
-    assert "verify.perplexity_ratio" in one_sentence(error)
+    assert "gate.perplexity_ratio" in one_sentence(error)
     assert (made / "merged/model.safetensors").is_file()
     reasons = (made / "NOT_VERIFIED.txt").read_text().strip()
     assert "times its own at 512" in reasons

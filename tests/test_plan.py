@@ -49,7 +49,7 @@ def llama(shape: str, length: int = 32768, **training) -> dict:
         "training": default | {"attention": "flash_attention_2", "loss": "stock"} | training,
         "evaluation": {"precision": "bf16", "attention": "flash_attention_2"},
         # The default's lengths do not have this target.
-        "verify": {"perplexity_ratio": None, "retention_ratio": None, "passkey_rate": None},
+        "gate": {"perplexity_ratio": None, "retention_ratio": None, "passkey_rate": None},
     }
 
 

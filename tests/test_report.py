@@ -86,7 +86,7 @@ def shown(perplexity=GOOD, passkey=FOUND, **lengths) -> verdict.Figures:
 
 
 def judge(figures: verdict.Figures, **changes) -> dict:
-    return verdict.judge(figures, DEFAULT["verify"] | {"passkey_rate": 0.95} | changes)
+    return verdict.judge(figures, DEFAULT["gate"] | {"passkey_rate": 0.95} | changes)
 
 
 def checks(found: dict) -> dict[str, bool]:
@@ -174,7 +174,7 @@ def test_a_target_that_was_not_evaluated_is_named():
 def test_a_threshold_that_is_null_is_not_compared():
     found = judge(shown(), passkey_rate=None)
     assert list(checks(found)) == [n for n in verdict.CHECKS if n != "trained_passkey_found"]
-    assert found["not_checked"][0]["reason"] == "verify.passkey_rate is null"
+    assert found["not_checked"][0]["reason"] == "gate.passkey_rate is null"
 
 
 def test_without_extension_only_two_checks_remain():
@@ -335,7 +335,7 @@ class Run:
             "--template",
             ROOT / "resources" / "report.html.jinja",
         ]
-        command += ["--thresholds", json.dumps(DEFAULT["verify"] | {"passkey_rate": 0.95})]
+        command += ["--thresholds", json.dumps(DEFAULT["gate"] | {"passkey_rate": 0.95})]
         command += ["--html", out / "report.html", "--json", out / "report.json"]
         command += ["--figures", out / "figures"]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)

@@ -37,7 +37,7 @@ CHANGES = {
         {"harness": 3} | REPORT,
     ),
     "learning rate": ({"training": {"learning_rate": 2.0e-3}}, FROM_TRAIN),
-    "a threshold": ({"verify": {"merge_error": 0.9}}, REPORT),
+    "a threshold": ({"gate": {"merge_error": 0.9}}, REPORT),
     "the licence on the card": ({"export": {"license": "mit"}}, {"export": 1} | SEAL),
     "where to push": ({"export": {"repository": "an/owl", "private": False}}, SEAL),
     "long share": ({"mix": {"long_share": 0.5}}, FROM_PACK),

@@ -47,7 +47,7 @@ def check(config: dict) -> None:
     check_corpus(corpus)
     check_training(config)
     variants.check(config)
-    check_verify(config)
+    check_gate(config)
 
 
 def check_source(config: dict) -> None:
@@ -82,19 +82,19 @@ def check_source(config: dict) -> None:
         )
 
 
-def check_verify(config: dict) -> None:
+def check_gate(config: dict) -> None:
     """Refuse a threshold whose figure would not be measured.
 
     The original length is the model's, known before training (scripts/check_evaluation.py) where the
     config does not state it.
     """
     evaluation, rope = config["evaluation"], config["rope"]
-    thresholds.check_variants(config["verify"], evaluation["variants"])
+    thresholds.check_variants(config["gate"], evaluation["variants"])
     known = {"target": rope["target_length"], "original": rope["original_max_position_embeddings"]}
     lengths = {name: evaluation[name]["lengths"] for name in ("perplexity", "passkey")}
     if rope["method"] != "none":
         known = {name: length for name, length in known.items() if length}
-        thresholds.check_lengths(config["verify"], lengths, known)
+        thresholds.check_lengths(config["gate"], lengths, known)
 
 
 def check_perplexity(perplexity: dict) -> None:

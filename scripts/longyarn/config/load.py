@@ -64,8 +64,8 @@ def complete(config: dict, schema_path: Path) -> dict:
 
 def _of_today(config: dict) -> dict:
     """Return a config with what was written otherwise before as it is now."""
-    if config.get("verify", {}) is None:  # the gate off
-        config = config | {"verify": {}}
+    if config.get("gate", {}) is None:  # the gate off
+        config = config | {"gate": {}}
     try:
         perplexity = config["evaluation"]["perplexity"]
         stride = perplexity.get("stride")

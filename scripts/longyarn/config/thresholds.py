@@ -1,4 +1,4 @@
-"""The thresholds of config section `verify`: which figure each is compared with, and what it needs."""
+"""The thresholds of config section `gate`: which figure each is compared with, and what it needs."""
 
 from dataclasses import dataclass
 
@@ -38,8 +38,8 @@ def check_variants(thresholds: dict, variants: list[str]) -> None:
         missing = [name for name in needs.variants if name not in variants]
         if thresholds[key] is not None and missing:
             raise UserError(
-                f"verify.{key} needs the variant {missing[0]!r}; add it to evaluation.variants, or set "
-                f"verify.{key}, which config.yaml asks by default, to null"
+                f"gate.{key} needs the variant {missing[0]!r}; add it to evaluation.variants, or set "
+                f"gate.{key}, which config.yaml asks by default, to null"
             )
 
 
@@ -57,6 +57,6 @@ def check_lengths(thresholds: dict, lengths: dict[str, list[int]], known: dict[s
         for name in needs.at:
             if name in known and known[name] not in lengths[needs.instrument]:
                 raise UserError(
-                    f"verify.{key} needs evaluation.{needs.instrument}.lengths to have {MEANING[name]}, "
-                    f"{known[name]}; add it, or set verify.{key}, which config.yaml asks by default, to null"
+                    f"gate.{key} needs evaluation.{needs.instrument}.lengths to have {MEANING[name]}, "
+                    f"{known[name]}; add it, or set gate.{key}, which config.yaml asks by default, to null"
                 )

@@ -1,4 +1,4 @@
-"""A run's figures against the thresholds of config section `verify`: for the gate, and for the model card."""
+"""A run's figures against the thresholds of config section `gate`: for the gate, and for the model card."""
 
 from longyarn.config.thresholds import NEEDS
 from longyarn.reporting.verdict import clause, percent
@@ -36,5 +36,5 @@ def compare(thresholds: dict, verdict: dict, error: float, tensor: str | None) -
 def missed(compared: list[dict]) -> str:
     """Return the reasons why a run is not verified, as a clause; nothing where it is."""
     return "; and ".join(
-        f"{one['sentence']} (verify.{one['threshold']})" for one in compared if not one["passed"]
+        f"{one['sentence']} (gate.{one['threshold']})" for one in compared if not one["passed"]
     )

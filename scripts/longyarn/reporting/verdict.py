@@ -3,7 +3,7 @@
 Pure functions of the instruments' facts. A *ratio* is one perplexity divided by another over the same
 tokens; its 95 % interval is bootstrapped over documents, paired, so what the documents have in common
 cancels out. A check compares the value, not the end of its interval, with the threshold, and says
-when the interval reaches across it. Thresholds on the trained model are those of config section `verify`.
+when the interval reaches across it. Thresholds on the trained model are those of config section `gate`.
 """
 
 from dataclasses import asdict, dataclass
@@ -55,7 +55,7 @@ class Check:
 def judge(figures: Figures, thresholds: dict[str, float | None]) -> dict:
     """Return the verdict: a headline, a sentence, the checks, and those that could not be made.
 
-    ``thresholds`` is config section `verify`.
+    ``thresholds`` is config section `gate`.
     """
     checks, missing = [], []
     for name, check in CHECKS.items():
@@ -78,7 +78,7 @@ def threshold_of(name: str, thresholds: dict[str, float | None]) -> float:
     if name in OF_THE_BASE:
         return OF_THE_BASE[name]
     if thresholds[KEY_OF[name]] is None:
-        raise KeyError(f"verify.{KEY_OF[name]} is null")
+        raise KeyError(f"gate.{KEY_OF[name]} is null")
     return thresholds[KEY_OF[name]]
 
 
