@@ -16,13 +16,13 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from longyarn import stages
 from longyarn.core import run_directory
 from longyarn.core.console import progress
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import require_space
 from longyarn.provenance import checksums
 
-LEFT_OUT = ("corpus", "pack", "llamafactory", "axolotl")
 OF_TAR = 2048  # bytes that a file takes beside its content, about
 
 
@@ -56,8 +56,8 @@ def main() -> None:
         partial.unlink(missing_ok=True)
     print(
         f"bundle: {arguments.output} has {len(members)} files, none of "
-        f"{', '.join(f'{name}/' for name in LEFT_OUT)}; its tokens/ hold the training text as token ids, so "
-        "pass it on only if you may",
+        f"{', '.join(f'{name}/' for name in stages.NOT_BUNDLED)}; its tokens/ hold the training text as "
+        "token ids, so pass it on only if you may",
         file=sys.stderr,
     )
     for setting in settings_of_elsewhere(yaml.safe_load((run / run_directory.CONFIG).read_bytes())):
@@ -130,7 +130,7 @@ def is_left_out(name: str) -> bool:
     """Tell whether a file is of a payload that stays behind, the run's own or that of a phase or cell."""
     path = PurePosixPath(name)
     return path.parts[0] != run_directory.WORKFLOW and any(
-        above.name in LEFT_OUT and above.parent.name not in run_directory.OF_VARIANTS
+        above.name in stages.NOT_BUNDLED and above.parent.name not in stages.VARIANT_DIRECTORIES
         for above in path.parents
     )
 

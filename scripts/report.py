@@ -14,15 +14,15 @@ from longyarn.core import job_record, manifest
 from longyarn.core.code_hash import code_hash
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import new_directory, read_json, sha256, write_json, write_text
-from longyarn.core.lineage import STAGES, chain, parts, phases_of
+from longyarn.core.lineage import chain, parts, phases_of
 from longyarn.core.units import duration
-from longyarn.evaluation.variant_model import INSTRUMENTS
 from longyarn.reporting import comparisons, figures, verdict
+from longyarn.stages import INSTRUMENTS, REPORTED
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, stage in STAGES.items():
+    for name, stage in REPORTED.items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=f"manifest of {stage}")
     parser.add_argument(
         "--models", type=named, nargs="*", default=[],
@@ -78,7 +78,7 @@ def named(text: str) -> tuple[str, Path]:
 
 def jobs(arguments: argparse.Namespace) -> dict[str, Path]:
     """Return each job's manifest; a job is a stage, or stage.variant, as its log is named."""
-    paths = {stage: getattr(arguments, name) for name, stage in STAGES.items()}
+    paths = {stage: getattr(arguments, name) for name, stage in REPORTED.items()}
     paths |= {f"{read_json(path)['stage']}.{variant}": path for variant, path in arguments.models}
     paths |= {f"patch_rope.{variant}": path for variant, path in arguments.rope}
     for stage in INSTRUMENTS:

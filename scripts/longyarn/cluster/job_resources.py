@@ -14,7 +14,7 @@ from longyarn.cluster.model_shapes import Shape
 from longyarn.config.phases import configurations, parts, within
 from longyarn.core.errors import UserError
 from longyarn.core.files import ROOT
-from longyarn.evaluation.variant_model import INSTRUMENTS
+from longyarn.stages import INSTRUMENTS
 
 GROWTH = 1.5  # of memory and minutes, with each attempt
 MIB = 2**20

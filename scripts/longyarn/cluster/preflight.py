@@ -19,7 +19,7 @@ from longyarn.cluster import container_images, job_resources
 from longyarn.config import sweep_cells
 from longyarn.core.errors import UserError, first_line
 from longyarn.core.files import ROOT
-from longyarn.evaluation.variant_model import INSTRUMENTS
+from longyarn.stages import INSTRUMENTS
 
 IS_OK, NOT_CHECKED, IS_WRONG = "ok", "not checked", "error"
 

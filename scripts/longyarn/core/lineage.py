@@ -1,32 +1,32 @@
-"""The chain: a job, named as its log is, and the manifests that it was made from."""
+"""Which manifests a job was made from, and whether those are the ones that are there now.
 
-from longyarn.evaluation.variant_model import INSTRUMENTS
+A job is named like its log: ``train``, ``phase-1/train``, ``passkey.base``.
+"""
 
-STAGES = {
-    "base": "download_model", "corpus": "download_corpus", "tokens": "tokenise", "pack": "pack",
-    "train": "train", "merge": "merge",
-}  # fmt: skip
+from collections.abc import Iterable
+
+from longyarn.stages import DOWNLOAD_MODEL, INSTRUMENTS, MERGE, PACK, PATCH_ROPE, REPORTED, TRAIN
 
 
 def parts(job: str) -> tuple[str, str, str]:
-    """Return a job's phase, empty for the run itself, its stage and its variant."""
+    """Return a job's phase (empty for the run itself), its stage, and its variant (or empty)."""
     phase, _, rest = job.rpartition("/")
     stage, _, variant = rest.partition(".")
     return phase, stage, variant
 
 
-def phases_of(jobs) -> list[str]:
-    """Return the earlier phases, in order."""
+def phases_of(jobs: Iterable[str]) -> list[str]:
+    """Return the earlier phases among these jobs, in order."""
     return list(dict.fromkeys(phase for phase, _, _ in map(parts, jobs) if phase))
 
 
 def chain(
     manifests: dict[str, dict], hashes: dict[str, str], trained_rope: str
 ) -> tuple[int, list[str]]:
-    """Follow each manifest to the inputs it was made from; return the links and the broken ones.
+    """Follow each manifest to the inputs that it was made from.
 
-    A manifest records the SHA-256 of its input manifests. Where that is not the one reported here,
-    the two come from different runs, and a sentence says so.
+    Returns the number of links, and a sentence for each broken one. A manifest records the SHA-256 of
+    its input manifests. If that differs from ``hashes``, the two come from different runs.
     """
     links, broken = 0, []
     for job, found in manifests.items():
@@ -41,23 +41,27 @@ def chain(
 
 
 def source_of(job: str, name: str, trained_rope: str, jobs: list[str]) -> str:
-    """Return the one of ``jobs`` whose manifest another job takes as its input ``name``."""
+    """Return which of ``jobs`` wrote the manifest that ``job`` takes as its input ``name``."""
     phase, stage, variant = parts(job)
-    own_weights = [j for j in (f"merge.{variant}", f"download_model.{variant}") if j in jobs]
-    if stage in ("merge", "patch_rope") and f"merge.{variant}" in own_weights:
-        return ""  # of another run, whose own report follows it further
-    if own_weights and name == ("base" if stage == "patch_rope" else "model"):
+    own_weights = [
+        one
+        for one in (f"{MERGE.name}.{variant}", f"{DOWNLOAD_MODEL.name}.{variant}")
+        if one in jobs
+    ]
+    if stage in (MERGE.name, PATCH_ROPE.name) and f"{MERGE.name}.{variant}" in own_weights:
+        return ""  # made in another run, whose own report follows it further
+    if own_weights and name == (DOWNLOAD_MODEL.key if stage == PATCH_ROPE.name else "model"):
         return own_weights[0]
     untrained = stage in INSTRUMENTS and variant != "trained"
-    if name == "base" and stage in ("train", "merge"):
+    if name == DOWNLOAD_MODEL.key and stage in (TRAIN.name, MERGE.name):
         names = [*phases_of(jobs), ""]
         number = names.index(phase)
-        return f"{names[number - 1]}/merge" if number else "download_model"
-    if name == "rope" and phase:
-        return next(other for other in jobs if parts(other)[:2] == (phase, "patch_rope"))
-    if name == "rope":
-        return f"patch_rope.{variant if untrained else trained_rope}"
+        return f"{names[number - 1]}/{MERGE.name}" if number else DOWNLOAD_MODEL.name
+    if name == PATCH_ROPE.key and phase:
+        return next(other for other in jobs if parts(other)[:2] == (phase, PATCH_ROPE.name))
+    if name == PATCH_ROPE.key:
+        return f"{PATCH_ROPE.name}.{variant if untrained else trained_rope}"
     if name == "model":
-        return "download_model" if untrained else "merge"
-    own = phase and name in ("pack", "train")
-    return f"{phase}/{STAGES[name]}" if own else STAGES.get(name, name)
+        return DOWNLOAD_MODEL.name if untrained else MERGE.name
+    own = phase and name in (PACK.key, TRAIN.key)
+    return f"{phase}/{REPORTED[name]}" if own else REPORTED.get(name, name)

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from longyarn import stages
 from longyarn.core import job_record
 from longyarn.core.code_hash import code_hash
 from longyarn.core.errors import UserError
-from longyarn.evaluation.variant_model import INSTRUMENTS
 
 SEAL = "SHA256SUMS"
 CRATE = "ro-crate-metadata.json"
@@ -23,19 +23,12 @@ REPORT = "report.json"
 MARK = "NOT_VERIFIED.txt"
 # Snakemake's, empty, in each directory that is an output; it comes after the job.
 TIMESTAMP = ".snakemake_timestamp"
-# Payloads that may go when the run is finished (docs/reruns.md).
-PURGEABLE = ("base", "corpus", "tokens", "pack", "llamafactory", "axolotl")
-# Directories with a manifest for each variant.
-OF_VARIANTS = ("models", "rope", *INSTRUMENTS)
-# These run after the seal, or while it is made; their logs change then.
-LATER = ("provenance", "bundle", "push", "plan")
-UNSEALED = {f"logs/{stage}.log" for stage in LATER} | {f"benchmarks/{stage}.tsv" for stage in LATER}
-# Files of stages that write no manifest.
-OTHERS = {
-    "report.html": "report", REPORT: "report", "figures": "report",
-    "sweep.json": "sweep", "sweep.md": "sweep", "sweep.png": "sweep", "sweep.svg": "sweep",
-    SEAL: "provenance", MARK: "gate", "micro_base": "micro_base",
-}  # fmt: skip
+# The logs and timings of stages that run after the seal change later, so the seal leaves them out.
+UNSEALED = {f"logs/{stage}.log" for stage in stages.UNSEALED} | {
+    f"benchmarks/{stage}.tsv" for stage in stages.UNSEALED
+}
+# Files that no manifest lists, and the stage that makes each.
+UNLISTED = {file: stage.name for stage in stages.STAGES for file in stage.files}
 
 
 def require(run: Path) -> None:
@@ -113,13 +106,15 @@ def is_manifest(content: object) -> bool:
 
 def job_of(name: str, stage: str) -> str:
     """Return the job of the chain that a manifest is of: as ``log_of``, but adopt takes train's place."""
-    return log_of(name, "train" if stage == "adopt" else stage)
+    return log_of(
+        name, stages.BY_NAME[stage].replaces or stage if stage in stages.BY_NAME else stage
+    )
 
 
 def log_of(name: str, stage: str) -> str:
     """Return the job that wrote a manifest, named as its log is: phase-1/train, passkey.base."""
     path = PurePosixPath(name)
-    if path.parent.name in OF_VARIANTS:
+    if path.parent.name in stages.VARIANT_DIRECTORIES:
         return str(path.parent.parent / f"{stage}.{path.stem}")
     return str(path.parent / stage)
 
@@ -170,4 +165,4 @@ class Makers:
             return path.name.partition(".")[0]
         if path.parts[0] in (WORKFLOW, CONFIG, CRATE, PROVENANCE):
             return "provenance"
-        return OTHERS.get(path.parts[0])
+        return UNLISTED.get(path.parts[0])

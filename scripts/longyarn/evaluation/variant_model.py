@@ -9,8 +9,6 @@ from longyarn.core.files import read_json
 from longyarn.core.torch_setup import set_up_torch
 from longyarn.models import loading
 
-INSTRUMENTS = ("perplexity", "passkey", "harness")  # the stages that look at a variant
-
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a variant and say how to load it."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+from longyarn import stages
 from longyarn.core import run_directory, superseded
 from longyarn.core.errors import UserError
 from longyarn.core.lineage import chain
@@ -70,7 +71,7 @@ class Run:
         """Yield payload directories that are gone whole and that a finished run does without."""
         for directory in self.payloads:
             gone = not any(file.startswith(f"{directory}/") for file in self.names)
-            if gone and PurePosixPath(directory).name in run_directory.PURGEABLE:
+            if gone and PurePosixPath(directory).name in stages.PURGEABLE:
                 yield directory
 
     def find_records(self) -> dict[str, dict[str, str]]:
