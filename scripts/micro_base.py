@@ -540,9 +540,9 @@ A Llama with {parameters} million parameters and a window of 512 tokens. It exis
 extension from end to end on two CPU cores. It is not a model to use: it writes mock Shakespeare and
 finds passkeys.
 
-It has {num_hidden_layers} layers of width {hidden_size}, {num_attention_heads} heads of {head_dim} dimensions,
-tied embeddings, plain RoPE with theta 10000, and a byte-level BPE vocabulary of 2048 tokens in which
-every digit is a token of its own.
+It has {num_hidden_layers} layers of width {hidden_size}, {num_attention_heads} heads of {head_dim}
+dimensions, tied embeddings, plain RoPE with theta 10000, and a byte-level BPE vocabulary of 2048 tokens
+in which every digit is a token of its own.
 
 ## Data
 
