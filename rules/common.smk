@@ -8,8 +8,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
-from adopt import WANTED as ADOPTED
-from download_model import WANTED
 from longyarn.cluster import (
     container_images,
     estimate,
@@ -23,6 +21,7 @@ from longyarn.core import job_record, manifest
 from longyarn.core.code_hash import code_hash
 from longyarn.core.errors import UserError
 from longyarn.data import chat_templates, local_files
+from longyarn.models.source_files import BASE_MODEL_FILES, EXTERNAL_MODEL_FILES
 from longyarn.training import engine
 from snakemake.settings.types import DeploymentMethod
 
@@ -212,13 +211,17 @@ def source_of(wildcards):
 def local_model_files(wildcards):
     """Return the files of a local source, so that a changed model is noticed; none for the hub."""
     source = Path(source_of(wildcards)["source"]).expanduser()
-    return sorted({str(file) for pattern in WANTED for file in source.glob(pattern)})
+    return sorted(
+        {str(file) for pattern in BASE_MODEL_FILES for file in source.glob(pattern)}
+    )
 
 
 def local_trained_files(wildcards):
     """Return the files of a local training.source, so that a changed one is noticed; none for the hub."""
     source = Path(config["training"]["source"]).expanduser()
-    return sorted({str(file) for pattern in ADOPTED for file in source.glob(pattern)})
+    return sorted(
+        {str(file) for pattern in EXTERNAL_MODEL_FILES for file in source.glob(pattern)}
+    )
 
 
 def local_corpus_files(wildcards):

@@ -9,16 +9,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from download_model import check_whole, is_local, link_or_copy
 from longyarn.core import manifest
-from longyarn.core.errors import UserError, program
-from longyarn.core.files import new_directory, read_json, require_space, write_json
-from longyarn.models import hub
-from longyarn.models.source_files import tensor_files
-
-# What a change of a local source is noticed by.
-WANTED = (*hub.SMALL, *hub.ADAPTER, f"model*{hub.TENSORS}")
-ADAPTER, TENSORS = hub.ADAPTER
+from longyarn.core.errors import program
+from longyarn.core.files import link_or_copy, new_directory, read_json, require_space, write_json
+from longyarn.models import external_source
+from longyarn.models.source_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_complete,
+    is_local,
+    tensor_files,
+)
 
 
 def main() -> None:
@@ -35,9 +36,11 @@ def main() -> None:
     base = manifest.read(arguments.base)["facts"]
     rope = manifest.read_facts(arguments.rope)
     if is_local(arguments.source):
-        source, commit = local(arguments.source), None
+        source, commit = external_source.local(arguments.source), None
     else:
-        source, commit = from_hub(arguments.source, arguments.revision, arguments.cache)
+        source, commit = external_source.download(
+            arguments.source, arguments.revision, arguments.cache
+        )
     found = check(source, arguments.base.parent / base["directory"], base, rope)
     with new_directory(arguments.output) as directory:
         publish(source, directory, base)
@@ -65,40 +68,6 @@ def main() -> None:
     )
 
 
-def local(name: str) -> Path:
-    """Return the directory that training.source names; stop where nothing lies there."""
-    source = Path(name).expanduser()
-    if not any((source / file).is_file() for file in (ADAPTER, "config.json")):
-        raise UserError(
-            f"training.source {name} is no directory with an {ADAPTER} or a config.json; mend the path"
-        )
-    return source
-
-
-def locate(repository: str, revision: str, cache: Path) -> hub.Found:
-    """Find what was trained on the hub: an adapter or a model."""
-    try:
-        found = hub.locate(repository, revision, cache)
-        if ADAPTER not in found.files:
-            hub.check_it_is_a_model(found)
-    except UserError as error:  # it speaks of the base's keys
-        words = str(error).replace("model.source", "training.source")
-        raise UserError(words.replace("model.revision", "training.revision")) from None
-    if ADAPTER in found.files and TENSORS not in found.files:
-        raise UserError(
-            f"{repository} at {found.commit} has {ADAPTER} but no {TENSORS}; Longyarn reads safetensors "
-            "only, so choose a revision that has them"
-        )
-    return found
-
-
-def from_hub(repository: str, revision: str, cache: Path) -> tuple[Path, str]:
-    """Return the directory and the commit of what was trained, brought whole from the hub."""
-    found = locate(repository, revision, cache)
-    brought = hub.bring_adapter(found) if ADAPTER in found.files else hub.bring(found, code=False)
-    return brought, found.commit
-
-
 def check(source: Path, directory: Path, base: dict, rope: dict) -> dict:
     """Check what was trained against the base in ``directory``; return what is known of it.
 
@@ -107,23 +76,23 @@ def check(source: Path, directory: Path, base: dict, rope: dict) -> dict:
     from transformers.utils import logging
 
     from longyarn.models import external
-    from patch_rope import read_base
+    from longyarn.models.loading import read_base_config
 
     logging.set_verbosity_error()
     trust = base["trust_remote_code"]
-    config = read_base(directory, trust)
+    config = read_base_config(directory, trust)
     rope_is_known = (source / "config.json").is_file()
     if rope_is_known:
-        own = read_base(source, trust)
+        own = read_base_config(source, trust)
         external.check_model(own, config, source)
         external.check_version(read_json(source / "config.json"), rope, source)
         external.check_rope(own, rope, source)
     external.check_tokenizer(source, directory, trust)
-    if (source / ADAPTER).is_file():
+    if (source / ADAPTER_CONFIG).is_file():
         adapter = external.check_adapter(source, directory, config)
         parameters = adapter.pop("parameters")
     else:
-        check_whole(source, [])
+        check_complete(source, [])
         adapter, parameters = None, external.check_whole(source, directory, config)
     if not rope_is_known:
         print(
@@ -141,15 +110,15 @@ def check(source: Path, directory: Path, base: dict, rope: dict) -> dict:
 
 def publish(source: Path, directory: Path, base: dict) -> None:
     """Put what was trained where training would have put it; ``base``: the base's facts."""
-    if not (source / ADAPTER).is_file():
+    if not (source / ADAPTER_CONFIG).is_file():
         files = [*tensor_files(source), *source.glob("model.safetensors.index.json")]
     else:
-        files = [source / TENSORS]
-        record = read_json(source / ADAPTER)
+        files = [source / ADAPTER_WEIGHTS]
+        record = read_json(source / ADAPTER_CONFIG)
         # A path of another machine says nothing here.
         record["base_model_name_or_path"] = base["source"]
         record["revision"] = base["revision"]
-        write_json(directory / ADAPTER, record)
+        write_json(directory / ADAPTER_CONFIG, record)
     disk = directory.stat().st_dev
     copied = sum(file.stat().st_size for file in files if file.stat().st_dev != disk)
     require_space(directory, copied, "what was trained")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from longyarn.core import manifest
-from longyarn.core.errors import UserError, first_line, program
+from longyarn.core.errors import UserError, program
 from longyarn.core.files import new_directory, read_json, write_json
 from longyarn.models import loading
 from longyarn.rope.extend import extend
@@ -35,7 +35,7 @@ def main() -> None:
     model_directory = arguments.base.parent / base["facts"]["directory"]
     trust = base["facts"]["trust_remote_code"]
 
-    config = read_base(model_directory, trust)
+    config = loading.read_base_config(model_directory, trust)
     write = settings.pop("write_config")
     window = settings.pop("sliding_window", "keep")
     method = settings["method"]
@@ -96,26 +96,6 @@ def main() -> None:
     )
     # Read back what was written, as every later stage will: transformers fills in silent defaults.
     loading.load_config(model_directory, arguments.manifest, trust)
-
-
-def read_base(model_directory: Path, trust_remote_code: bool):
-    """Return the base model's configuration; legacy ``rope_scaling`` arrives in today's form."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
-        raise UserError(
-            f"{model_directory}/config.json is not one that transformers reads ({first_line(error)}); "
-            "mend it or choose another model"
-        ) from None
-    if not getattr(config, "rope_parameters", None):
-        raise UserError(
-            f"the model in {model_directory} (model_type {config.model_type!r}) has no RoPE; "
-            "only models with rotary position embeddings can be extended"
-        )
-    return config
 
 
 def rotary_dimensions(config) -> int:

@@ -20,8 +20,9 @@ import merge
 import patch_rope
 from longyarn.core import manifest
 from longyarn.core.files import sha256
+from longyarn.models.source_files import ADAPTER_CONFIG as ADAPTER
+from longyarn.models.source_files import ADAPTER_WEIGHTS as TENSORS
 
-ADAPTER, TENSORS = adopt.ADAPTER, adopt.TENSORS
 # Where this run's own adapter of q_proj in the first layer lies.
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 

@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT
 from stages import edit_json, one_sentence
 
-import push as stage
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
 from longyarn.core.files import read_json, sha256, write_json
+from longyarn.models import hub_upload
 
 MINE, READER = "hf_mine", "hf_reader"
 
@@ -140,9 +140,9 @@ def test_a_card_that_the_hub_does_not_take_is_refused_before_anything_is_sent(hu
 )
 def test_what_the_hubs_client_raises_besides_is_said_of_the_hub(error, words):
     """hf_xet raises PermissionError without a number for a token; one of the disk stays the disk's."""
-    with pytest.raises(UserError, match=words), stage.errors("me/owl"):
+    with pytest.raises(UserError, match=words), hub_upload.errors("me/owl"):
         raise error
-    with pytest.raises(PermissionError), stage.errors("me/owl"):
+    with pytest.raises(PermissionError), hub_upload.errors("me/owl"):
         raise PermissionError(13, "Permission denied")
 
 

@@ -201,8 +201,8 @@ WRITES = {
 
 def _to_come(run: Run) -> Iterable[tuple[str, str, float]]:
     """Yield where, what and how many bytes the jobs to come write."""
-    from download_model import is_local
     from longyarn.cluster import estimate
+    from longyarn.models.source_files import is_local
 
     config = run.config
     shape = job_resources.known_shape(config)
@@ -236,8 +236,8 @@ def _device(path: str | Path) -> int:
 
 def hub(run: Run) -> str:
     """The hub gives each model that is still to be downloaded, or the cache has it whole."""
-    import download_model
     from longyarn.models.hub import bring, find
+    from longyarn.models.source_files import is_local
 
     wanted = [run.config["model"]] if run.has("download_model") else []
     defined = run.config["evaluation"]["more_variants"]
@@ -249,7 +249,7 @@ def hub(run: Run) -> str:
     told = []
     for model in wanted:
         source = model["source"]
-        if download_model.is_local(source):
+        if is_local(source):
             if not (Path(source).expanduser() / "config.json").is_file():
                 raise UserError(
                     f"model.source {source} is no directory with a config.json; mend the path"
@@ -272,15 +272,15 @@ def elsewhere(run: Run) -> str:
     """What training.source names is there, or the hub gives it."""
     if not run.has("adopt"):
         raise NotChecked("no model trained elsewhere is to come")
-    import adopt
-    from download_model import is_local
+    from longyarn.models import external_source
+    from longyarn.models.source_files import is_local
 
     training = run.config["training"]
     if is_local(training["source"]):
-        return str(adopt.local(training["source"]))
+        return str(external_source.local(training["source"]))
     try:
         cache = Path(run.config["paths"]["cache"])
-        found = adopt.locate(training["source"], training["revision"], cache)
+        found = external_source.locate(training["source"], training["revision"], cache)
     except ModuleNotFoundError as error:
         raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
     return f"{found.repository} at {found.commit}"
@@ -315,11 +315,11 @@ def destination(run: Run) -> str:
     """There is a repository to push to, and a token."""
     if not run.has("push"):
         raise NotChecked("nothing is to be pushed")
-    import push
+    from longyarn.models.hub_upload import check_destination
 
     repository = run.config["export"]["repository"]
     try:
-        push.check_destination(repository)
+        check_destination(repository)
     except ModuleNotFoundError as error:
         raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
     return repository

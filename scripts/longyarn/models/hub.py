@@ -17,17 +17,15 @@ from pathlib import Path
 
 from longyarn.core.errors import UserError, first_line
 from longyarn.core.files import require_space, sha256
-from longyarn.models.source_files import tensor_files
+from longyarn.models.source_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CODE,
+    SAFETENSORS,
+    SETTINGS,
+    tensor_files,
+)
 
-# Of the repository's top directory; the tensors come after them, as the index names them.
-SMALL = (
-    "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
-    "tokenizer*.model*", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "vocab*.txt",
-    "merges.txt", "chat_template.j*", "LICENSE*",
-)  # fmt: skip
-CODE = ("*.py",)
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-TENSORS = ".safetensors"
 NESTED = ["*/*"]  # a pattern's * matches a slash too
 
 
@@ -124,9 +122,9 @@ def bring(found: Found, code: bool) -> Path:
     nothing is missing. Raises ``UserError`` for that, and for a file that differs from its hash.
     """
     remove_leftovers(found)
-    snapshot = _fetch(found, [*SMALL, *(CODE if code else ())])
+    snapshot = _fetch(found, [*SETTINGS, *(CODE if code else ())])
     here = (file for file in snapshot.iterdir() if file.name in found.files)
-    check_hashes(found, sorted(file for file in here if file.suffix != TENSORS))
+    check_hashes(found, sorted(file for file in here if file.suffix != SAFETENSORS))
     tensors = [snapshot / "model.safetensors"]
     if (snapshot / "model.safetensors.index.json").exists():
         tensors = tensor_files(snapshot)
@@ -146,7 +144,7 @@ def bring(found: Found, code: bool) -> Path:
 def bring_adapter(found: Found) -> Path:
     """Download an adapter in PEFT's form with what lies beside it, and return the directory, as ``bring``."""
     remove_leftovers(found)
-    snapshot = _fetch(found, [*SMALL, *ADAPTER])
+    snapshot = _fetch(found, [*SETTINGS, ADAPTER_CONFIG, ADAPTER_WEIGHTS])
     check_hashes(found, sorted(file for file in snapshot.iterdir() if file.name in found.files))
     return snapshot
 

@@ -13,6 +13,26 @@ from longyarn.core.files import read_json
 from longyarn.models.rope_checks import check_config, check_rotation
 
 
+def read_base_config(model_directory: Path, trust_remote_code: bool):
+    """Return the base model's configuration; legacy ``rope_scaling`` arrives in today's form."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        raise UserError(
+            f"{model_directory}/config.json is not one that transformers reads ({first_line(error)}); "
+            "fix it or choose another model"
+        ) from None
+    if not getattr(config, "rope_parameters", None):
+        raise UserError(
+            f"the model in {model_directory} (model_type {config.model_type!r}) has no RoPE; "
+            "only models with rotary position embeddings can be extended"
+        )
+    return config
+
+
 def load_config(model_directory: Path, rope_path: Path, trust_remote_code: bool = False):
     """Return the transformers configuration of a model with the RoPE of the manifest ``rope_path``.
 
