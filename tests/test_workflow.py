@@ -187,11 +187,3 @@ def test_manifests_chain_and_hold_no_time_host_or_path(finished):
         assert str(ROOT) not in text, path
     for name, entry in record["files"].items():
         assert sha256(run / name) == entry["sha256"]
-
-
-def test_every_stage_has_one_name():
-    stages = {path.stem for path in (ROOT / "rules").glob("*.smk")} - {"common"}
-    for stage in stages:
-        assert (ROOT / "scripts" / f"{stage}.py").is_file(), stage
-        assert (ROOT / "tests" / f"test_{stage}.py").is_file(), stage
-        assert f"rule {stage}:" in (ROOT / "rules" / f"{stage}.smk").read_text()

@@ -102,7 +102,7 @@ def _parse(text: str, path: str) -> tuple[str, tuple[tuple[str, tuple[str, ...]]
             imports += [(alias.name, ()) for alias in node.names]
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and _is_docstring(body[0]):
-            body[0] = ast.Pass()
+            body[:1] = [] if len(body) > 1 else [ast.Pass()]
     return ast.dump(tree), tuple(imports)
 
 
