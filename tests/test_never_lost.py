@@ -148,6 +148,6 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(inputs, undisturbed,
     with open(last / "adapter_model.safetensors", "r+b") as file:
         file.truncate(100)
     done = train(inputs, tmp_path, training)
-    assert f"warning: attempt-0001/checkpoint-{STEPS} is not whole" in done.stderr
+    assert f"warning: attempt-0001/checkpoint-{STEPS} is incomplete" in done.stderr
     assert f"resuming from attempt-0001/checkpoint-{STEPS - 2}" in done.stderr
     assert weights(tmp_path) == undisturbed

@@ -261,7 +261,7 @@ def test_the_crate_says_where_an_adopted_model_came_from(copy):
 def test_a_stage_made_by_other_code_is_said(copy, capsys):
     edit_json(copy / "passkey/base.json", code="0" * 16)
     sealed_again(copy)
-    assert "passkey was made by other code than" in capsys.readouterr().err
+    assert "passkey was made with other code than" in capsys.readouterr().err
 
 
 def test_a_purged_payload_is_no_obstacle(copy):

@@ -364,7 +364,7 @@ def test_a_purged_payload(inputs):
     (inputs / "corpus" / "documents-00000.jsonl").unlink()
     sentence = refused(inputs, "books/one")
     assert "documents-00000.jsonl, listed in" in sentence
-    assert "delete" in sentence and "and run again, so that it is made anew" in sentence
+    assert "delete" in sentence and "and run again, so that its stage runs again" in sentence
 
 
 @pytest.mark.parametrize("full", ["work", "output"])

@@ -252,7 +252,7 @@ def test_code_that_changed_since_is_a_note(copy, capsys, monkeypatch):
     monkeypatch.setattr(verify, "CHECKOUT", other)
     run(verify, copy)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 1 and "gate was made by other code than" in notes[0]
+    assert len(notes) == 1 and "gate was made with other code than" in notes[0]
 
 
 def test_the_program_ends_with_1_and_a_sentence_for_each_finding(copy):

@@ -1,11 +1,11 @@
-"""Attempts at one training run: how they go on from each other, and never write into each other.
+"""Attempts at one training run: how one continues another, and why they never write to the same place.
 
-A run that is stopped is tried again, by Snakemake or by SLURM, and the attempt before it may still be
-alive: when a node loses its controller, SLURM starts the job anew elsewhere while the old processes
-write on. So each attempt takes a number that is higher than all before it (making a directory is
-atomic, on network file systems too) and writes only below its own ``attempt-<number>``. It resumes
-from the newest whole checkpoint of any attempt. Who finds a higher number than his own has been
-replaced, and stops: a fencing token, with no lock that a crash could leave behind.
+When a run is stopped, Snakemake or SLURM starts it again, and the earlier attempt may still be alive: when a
+node loses contact with its controller, SLURM restarts the job elsewhere while the old processes keep
+writing. So each attempt takes a number higher than all before it (making a directory is atomic, also on
+network file systems) and writes only below its own ``attempt-<number>``. It resumes from the newest
+complete checkpoint of any attempt. An attempt that finds a higher number than its own has been replaced, and
+stops. This is a fencing token: there is no lock that a crash could leave behind.
 """
 
 import contextlib
@@ -24,28 +24,28 @@ IDENTITY = "identity.json"
 
 
 def directory(root: Path, identity: dict) -> Path:
-    """Return a run's work directory, which has a hash of all that defines the run for a name."""
+    """Return the work directory of a run. Its name is a hash of everything that defines the run."""
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return root / name
 
 
 def claim(work: Path) -> Path:
-    """Make and return the directory of a new attempt, numbered higher than every other."""
+    """Create the directory of a new attempt, numbered higher than every other, and return it."""
     work.mkdir(parents=True, exist_ok=True)
     while True:
         directory = work / f"attempt-{newest(work) + 1:04d}"
-        with contextlib.suppress(FileExistsError):  # another was faster
+        with contextlib.suppress(FileExistsError):  # another attempt was faster
             directory.mkdir()
             return directory
 
 
 def newest(work: Path) -> int:
-    """Return the highest number of an attempt, 0 where there is none."""
+    """Return the highest number of an attempt, 0 if there is none."""
     return max((number(path) for path in work.glob("attempt-*")), default=0)
 
 
 def number(attempt: Path) -> int:
-    """Return an attempt's number, 0 for a directory of another name."""
+    """Return the number of an attempt, 0 for a directory with another name."""
     name = re.fullmatch(r"attempt-(\d+)", attempt.name)
     return int(name.group(1)) if name else 0
 
@@ -56,7 +56,7 @@ def superseded(attempt: Path) -> bool:
 
 
 def mark_whole(checkpoint: Path) -> None:
-    """Declare a checkpoint whole: list its files, once every process has written its part."""
+    """Mark a checkpoint as complete: list its files, once every process has written its part."""
     sizes = {
         file.relative_to(checkpoint).as_posix(): file.stat().st_size
         for file in sorted(checkpoint.rglob("*"))
@@ -66,7 +66,7 @@ def mark_whole(checkpoint: Path) -> None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was declared whole and its files still have their sizes."""
+    """Tell whether a checkpoint was marked as complete and its files still have their sizes."""
     if not (checkpoint / MARKER).is_file():
         return False
     sizes = read_json(checkpoint / MARKER)
@@ -77,10 +77,11 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def last_checkpoint(work: Path, most: int | None = None) -> Path | None:
-    """Return the whole checkpoint of the most steps, at most ``most``, of any attempt, or nothing.
+    """Return the complete checkpoint with the most steps of any attempt, or None.
 
-    It stays in place while it is read: an attempt removes older ones only after a save of its own and
-    while none is newer (so who comes later finds that save), and of its own it keeps two or more.
+    ``most`` limits the steps. The checkpoint stays in place while it is read: an attempt removes older
+    attempts only after a save of its own, and only while it is the newest (so a later attempt finds that
+    save). Of its own checkpoints it keeps two or more.
     """
     found = [path for path in checkpoints(work) if is_whole(path)]
     if most is not None:
@@ -89,22 +90,22 @@ def last_checkpoint(work: Path, most: int | None = None) -> Path | None:
 
 
 def last_name(work: Path) -> str | None:
-    """Return the name of the last whole checkpoint as a log line has it, or nothing."""
+    """Return the name of the last complete checkpoint, as it stands in the log, or None."""
     last = last_checkpoint(work)
     return describe(last) if last else None
 
 
 def skipped(work: Path) -> list[str]:
-    """Return a sentence for each checkpoint that is passed over because it is not whole."""
+    """Return a sentence for each checkpoint that is skipped because it is incomplete."""
     return [
-        f"{describe(path)} is not whole and is passed over"
+        f"{describe(path)} is incomplete and is skipped"
         for path in sorted(checkpoints(work), key=steps)
         if not is_whole(path)
     ]
 
 
 def checkpoints(work: Path) -> list[Path]:
-    """Return the checkpoints of all attempts, whole or not."""
+    """Return the checkpoints of all attempts, complete or not."""
     return [path for path in work.glob("attempt-*/checkpoint-*") if number(path.parent)]
 
 
@@ -114,13 +115,13 @@ def steps(checkpoint: Path) -> int:
 
 
 def record(work: Path, identity: dict) -> None:
-    """Write what defines the run into its work directory, for who finds it there."""
+    """Write what defines the run into its work directory, so that a person can tell whose it is."""
     write_json(work / IDENTITY, identity)
 
 
 @dataclass(frozen=True)
 class Other:
-    """A work directory of the same run under another placement, with a whole checkpoint."""
+    """A work directory of the same run with another placement and a complete checkpoint."""
 
     work: Path
     placement: dict
@@ -128,7 +129,7 @@ class Other:
 
 
 def other_placement(work: Path, identity: dict) -> Other | None:
-    """Return a half-done run beside ``work`` that differs in nothing but where it took place."""
+    """Return an unfinished run beside ``work`` that differs only in its placement."""
     if last_checkpoint(work):
         return None
     for found in sorted(work.parent.glob(f"*/{IDENTITY}")):
@@ -141,18 +142,18 @@ def other_placement(work: Path, identity: dict) -> Other | None:
 
 
 def same_run(one: dict, other: dict) -> bool:
-    """Tell whether two identities differ in nothing but their placement."""
+    """Tell whether two identities differ only in their placement."""
     return one | {"placement": None} == other | {"placement": None}
 
 
 def remove_older(attempt: Path) -> None:
-    """Remove all attempts before this one, whose checkpoints are no longer needed."""
+    """Remove all earlier attempts, whose checkpoints are no longer needed."""
     for other in attempt.parent.glob("attempt-*"):
         if 0 < number(other) < number(attempt):
-            # An orphan may still write there; what it leaves goes with the next attempt.
+            # A lost attempt may still write there; the next attempt removes what it leaves.
             shutil.rmtree(other, ignore_errors=True)
 
 
 def describe(checkpoint: Path) -> str:
-    """Return a checkpoint's name as a log line has it."""
+    """Return the name of a checkpoint as it stands in the log."""
     return os.path.join(checkpoint.parent.name, checkpoint.name)

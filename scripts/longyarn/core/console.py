@@ -13,10 +13,10 @@ def progress(
     done: int = 0,
     size: Callable[[object], int] = lambda item: 1,
 ) -> Iterator:
-    """Yield ``items``, showing a bar on a terminal and a line every ``every`` seconds in a log.
+    """Yield ``items`` and show progress: a bar on a terminal, a line every ``every`` seconds in a log.
 
-    ``total`` counts the items, or what ``size`` says of each; None where it is unknown. ``done`` of it
-    was done before.
+    ``total`` is the number of items, or the sum of ``size`` over them; None if it is unknown. ``done``
+    of that was finished earlier.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -43,9 +43,9 @@ def progress(
 def token_progress(
     parts: Iterable[tuple[int, int]], total: int, label: str, every: float = 10.0
 ) -> Iterator[tuple[int, int]]:
-    """Yield ``parts``, each ``(amount, tokens)`` of work done, showing tokens and the time left.
+    """Yield ``parts``, each ``(amount, tokens)`` of finished work, and show tokens and the time left.
 
-    ``total`` is the sum of all amounts. A bar on a terminal, a line every ``every`` seconds in a log.
+    ``total`` is the sum of all amounts. Shows a bar on a terminal, a line every ``every`` seconds in a log.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -77,5 +77,5 @@ def token_progress(
 
 
 def rate(tokens: int, seconds: float) -> str:
-    """Write tokens and tokens a second."""
+    """Return tokens, and tokens per second, in words."""
     return f"{tokens / 1e6:.1f} M tokens, {tokens / 1e6 / max(seconds, 1e-9):.2f} M/s"

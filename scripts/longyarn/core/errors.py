@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one sentence: what is wrong, and the mend."""
+    """A mistake that the user can fix. The message is one sentence: what is wrong, and how to fix it."""
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a stage's ``main``: a user's mistake becomes one sentence on stderr and exit code 1.
 
-    Anything unforeseen keeps its traceback, because then the fault is ours.
+    Any other error keeps its traceback, because then the fault is ours.
     """
 
     @functools.wraps(main)
@@ -34,16 +34,16 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's message, without passwords in addresses, for a sentence."""
+    """Return the first line of a library's message for use in a sentence, without passwords in addresses."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"//[^/@\s]+@", "//", lines[0]).rstrip(".: ")
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Tell whether an error, or one behind it, is a full disk; safetensors says so only in words."""
+    """Tell whether an error, or its cause, is a full disk; safetensors reports that only in words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # torch names no cause when its archive cannot be written.
+    # torch gives no cause when it cannot write its archive.
     if any(
         words in str(error) for words in ("No space left on device", "PytorchStreamWriter failed")
     ):

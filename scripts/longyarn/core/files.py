@@ -1,4 +1,4 @@
-"""Files: written atomically, hashed, linked, and checked for room on the disk."""
+"""Files: atomic writing, hashes, hard links, and checks for free disk space."""
 
 import contextlib
 import hashlib
@@ -11,11 +11,13 @@ from pathlib import Path
 
 from longyarn.core.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[3]  # of the workflow: Snakefile, scripts/, resources/ …
+ROOT = (
+    Path(__file__).resolve().parents[3]
+)  # the directory of the workflow, with Snakefile, scripts/, and resources/
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Link a file, or what a symbolic link leads to, to a new place; copy it from another file system."""
+    """Hard-link a file to a new place, or copy it to another file system. Follows symbolic links."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -23,9 +25,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def link_weights(source: Path, directory: Path) -> None:
-    """Put a model's files into a directory: the weights linked, and the small ones copied.
+    """Put the files of a model into a directory: weights are hard-linked, small files are copied.
 
-    Linked, a small file that is edited here would change there too.
+    A small file is not linked, because editing one copy would change the other.
     """
     files = sorted(file for file in source.glob("[!.]*") if file.is_file())
     disk = directory.stat().st_dev
@@ -37,15 +39,15 @@ def link_weights(source: Path, directory: Path) -> None:
 
 
 def require_space(directory: Path, size: int, what: str) -> None:
-    """Stop before the work starts when ``directory``'s disk cannot hold ``size`` more bytes."""
+    """Raise ``UserError`` if the disk of ``directory`` cannot hold ``size`` more bytes."""
     existing = directory.resolve()
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < size:
         raise UserError(
-            f"no space left for {what}: {directory} has {free / 1e9:.2f} GB free and "
-            f"{size / 1e9:.2f} GB are needed; free some or move the results to another disk"
+            f"no space left for {what}: {directory} has {free / 1e9:.2f} GB free, and "
+            f"{size / 1e9:.2f} GB are needed; free some space, or move the results to another disk"
         )
 
 
@@ -65,7 +67,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: a reader sees the whole file or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # An attempt that is taken for lost may still be writing the same file.
+    # Another attempt at this job may still be alive and write the same file.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -75,7 +77,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file, with one sentence when it is missing or broken."""
+    """Read a JSON file. Raises ``UserError`` if it is missing or is not valid JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -86,7 +88,7 @@ def read_json(path: Path) -> dict:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Give a temporary directory that replaces ``path`` at once when the block ends without error."""
+    """Yield a temporary directory that replaces ``path`` at once if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -1,7 +1,7 @@
 """Where and when a job ran: a record beside its manifest, in environments/.
 
-Manifests hold no time and no hardware, so that two equal runs have equal ones. This record has both, and
-names neither the host nor the user. It is no output of a rule: nothing runs again because of it.
+Manifests hold no time and no hardware, so that two equal runs have equal manifests. This record holds both,
+but neither the host nor the user. It is not an output of a rule, so nothing runs again because of it.
 """
 
 import os
@@ -20,14 +20,14 @@ PREFIXES = ("APPTAINER", "SINGULARITY")  # one program under two names
 
 
 def path_of(manifest: Path) -> Path:
-    """Return where the record of a manifest's job lies."""
+    """Return the path of the record that belongs to a manifest."""
     return Path(manifest).parent / DIRECTORY / Path(manifest).name
 
 
 def record() -> dict:
-    """Return what is known of this process and its machine; null where that cannot be told.
+    """Return what is known about this process and its machine; unknown values are None.
 
-    ``start`` and ``end`` are ISO 8601 in UTC, ``memory`` is in bytes, ``commit`` that of the workflow.
+    ``start`` and ``end`` are ISO 8601 in UTC, ``memory`` is in bytes, ``commit`` is the workflow's.
     """
     import psutil
 
@@ -67,7 +67,7 @@ def cpu() -> str | None:
 
 
 def gpus() -> list[str]:
-    """Return the names of the GPUs that torch sees; none where the job did without torch."""
+    """Return the names of the GPUs that torch sees; an empty list if the job did not use torch."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []
@@ -75,7 +75,7 @@ def gpus() -> list[str]:
 
 
 def system() -> str:
-    """Return the operating system and its version, inside an image that of the image."""
+    """Return the operating system and its version; inside an image, those of the image."""
     try:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
@@ -83,11 +83,11 @@ def system() -> str:
 
 
 def variables(root: Path, image: str | None) -> dict[str, str]:
-    """Return the variables that tell jobs the workflow's commit and their image.
+    """Return the environment variables that tell jobs the workflow's commit and their image.
 
-    ``root`` is the repository, ``image`` what Snakemake runs jobs in. Of a file the name alone: it holds
-    the hash of what the image was built from. Those with a prefix reach a container that is kept clean
-    of the host's variables.
+    ``root`` is the repository; ``image`` is what Snakemake runs jobs in. Of an image file only the name is
+    kept, which holds the hash of what the image was built from. The variables with a prefix reach
+    containers that do not inherit the host's environment.
     """
     values = {COMMIT: commit_of(root) or ""}
     values[IMAGE] = (image if "://" in image else Path(image).name) if image else ""
@@ -96,9 +96,9 @@ def variables(root: Path, image: str | None) -> dict[str, str]:
 
 
 def commit_of(root: Path) -> str | None:
-    """Return the commit of the repository at ``root``, with -dirty behind it if files differ.
+    """Return the commit of the repository at ``root``, followed by -dirty if files differ.
 
-    None without git, or where ``root`` lies in a repository of something else.
+    None without git, or if ``root`` lies inside the repository of something else.
     """
     if not (root / ".git").exists():
         return None
@@ -114,7 +114,7 @@ def commit_of(root: Path) -> str | None:
 def write_environment(path: Path) -> None:
     """Write where and when this process ran beside its result ``path``, a manifest or the report.
 
-    A record that cannot be made is said and fails no stage; a full disk does.
+    If the record cannot be made, a line says so and the stage goes on; a full disk is an error.
     """
     written = path_of(path)
     try:

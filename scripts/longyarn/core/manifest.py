@@ -1,8 +1,8 @@
-"""Manifests: the small JSON file that is a stage's target and says what the stage made, from what.
+"""Manifests: the small JSON files that are the stages' targets and say what each stage made, from what.
 
-A manifest lists each payload file with size and SHA-256, the settings, the SHA-256 of the input
-manifests, the hash of the code and the versions of the libraries. It holds no time, host or
-absolute path, so that two equal runs have equal manifests.
+A manifest lists each payload file with its size and SHA-256, the settings, the SHA-256 of the input
+manifests, the hash of the code, and the versions of the libraries. It holds no time, host, or absolute
+path, so two equal runs have equal manifests.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ LIBRARIES = (
     "torch", "transformers", "deepspeed", "peft", "accelerate", "safetensors", "tokenizers", "numpy",
 )  # fmt: skip
 
-# Keys of settings and facts whose value may be a path of this machine.
+# Keys of settings and facts whose value may be an absolute path on this machine.
 PATHS = ("source", "files", "chat_template")
 
 
@@ -35,12 +35,12 @@ def write(
     files: list[Path],
     facts: dict,
 ) -> dict:
-    """Write a stage's manifest, atomically and last, when its payload is complete.
+    """Write a stage's manifest atomically. A stage does this last, when its payload is complete.
 
-    Before it goes the record of where and when the stage ran (longyarn/core/job_record.py).
+    The record of where and when the stage ran is written first (longyarn/core/job_record.py).
 
-    ``files`` lie below the manifest's directory; ``facts`` are the figures that later stages and
-    the report read. Of an absolute path in ``settings`` or ``facts`` the last part is written.
+    ``files`` lie below the manifest's directory. ``facts`` are the figures that later stages and the
+    report read. Of an absolute path in ``settings`` or ``facts``, only the last part is written.
     """
     path = Path(path)
     manifest = {
@@ -65,7 +65,7 @@ def write(
 
 
 def portable(value: object, key: str | None = None) -> object:
-    """Return a copy in which a path of this machine, under a key of ``PATHS``, is its last part only."""
+    """Return a copy in which each absolute path under a key of ``PATHS`` is reduced to its last part."""
     if isinstance(value, dict):
         return {name: portable(one, name) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -76,21 +76,21 @@ def portable(value: object, key: str | None = None) -> object:
 
 
 def read(path: Path) -> dict:
-    """Read a manifest and make sure that its payload is there; raise ``UserError`` otherwise."""
+    """Read a manifest and check that its payload is there. Raises ``UserError`` if it is not."""
     manifest = read_json(path)
     broken = problems(path, manifest)
     if broken:
-        raise UserError(f"{broken[0]}; delete {path} and run again, so that it is made anew")
+        raise UserError(f"{broken[0]}; delete {path} and run again, so that its stage runs again")
     return manifest
 
 
 def read_facts(path: Path) -> dict:
-    """Read the figures of a manifest; its payload may have been purged since."""
+    """Read the facts of a manifest, whether or not its payload is still there."""
     return read_json(path)["facts"]
 
 
 def problems(path: Path, manifest: dict) -> list[str]:
-    """Return a sentence for each payload file that is missing or has another size."""
+    """Return a sentence for each payload file that is missing or has a different size."""
     found = []
     for name, entry in manifest["files"].items():
         file = Path(path).parent / name
@@ -98,14 +98,14 @@ def problems(path: Path, manifest: dict) -> list[str]:
             found.append(f"{file}, listed in {path}, is missing")
         elif file.stat().st_size != entry["size"]:
             size = file.stat().st_size
-            found.append(f"{file} has {size} bytes where {path} lists {entry['size']}")
+            found.append(f"{file} has {size} bytes, but {path} lists {entry['size']}")
     return found
 
 
 def content_hash(path: Path, facts: Iterable[str] | None = None) -> str:
-    """Return a hash of a manifest's payload and of these of its facts, of all where none are named.
+    """Return a hash of a manifest's payload and of the named facts (all facts by default).
 
-    Two manifests that differ in how the same files came about have the same.
+    Two manifests have the same hash if their files are equal, however those files came about.
     """
     manifest = read_json(path)
     kept = {key: value for key, value in manifest["facts"].items() if facts is None or key in facts}
@@ -114,10 +114,10 @@ def content_hash(path: Path, facts: Iterable[str] | None = None) -> str:
 
 
 def set_aside_incomplete(manifests: Iterable[Path]) -> list[str]:
-    """Rename each manifest whose payload is not whole; return a sentence for each.
+    """Rename each manifest whose payload is incomplete. Returns a sentence for each.
 
-    Snakemake sees a deleted directory but not a file deleted inside one, which is how scratch file
-    systems purge. Without its manifest the stage counts as not done, and is made anew where needed.
+    Scratch file systems delete single files inside a directory, and Snakemake does not notice that.
+    Without its manifest a stage counts as not done, so it runs again where its files are needed.
     """
     notes = []
     for path in map(Path, manifests):

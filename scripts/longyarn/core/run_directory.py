@@ -1,4 +1,4 @@
-"""What a run's directory holds: its files, its manifests, and the stage that made each file.
+"""The directory of a run: its files, its manifests, and the stage that made each file.
 
 Names are paths below the run's directory, with slashes.
 """
@@ -21,7 +21,7 @@ CONFIG = "config.yaml"
 WORKFLOW = "workflow"
 REPORT = "report.json"
 MARK = "NOT_VERIFIED.txt"
-# Snakemake's, empty, in each directory that is an output; it comes after the job.
+# Snakemake writes this empty file into each directory that is an output, after the job.
 TIMESTAMP = ".snakemake_timestamp"
 # The logs and timings of stages that run after the seal change later, so the seal leaves them out.
 UNSEALED = {f"logs/{stage}.log" for stage in stages.UNSEALED} | {
@@ -32,15 +32,19 @@ UNLISTED = {file: stage.name for stage in stages.STAGES for file in stage.files}
 
 
 def require(run: Path) -> None:
-    """Refuse a directory that is no run."""
+    """Raise ``UserError`` if a directory is not a run."""
     if not run.is_dir():
-        raise UserError(f"{run} is no directory; name that of a run, results/micro say")
+        raise UserError(
+            f"{run} is not a directory; name the directory of a run, such as results/micro"
+        )
     if not any(run.glob("*.json")):
-        raise UserError(f"{run} holds no manifest, so it is no run; name results/micro, say")
+        raise UserError(
+            f"{run} holds no manifest, so it is not a run; name a directory such as results/micro"
+        )
 
 
 def everything(run: Path) -> list[str]:
-    """Return the names of all files, sorted; those in linked directories too."""
+    """Return the names of all files, sorted, including those in linked directories."""
     found = []
     for directory, below, names in os.walk(run, followlinks=True):
         below[:] = [name for name in below if not leads_back(Path(directory, name), run)]
@@ -50,7 +54,7 @@ def everything(run: Path) -> list[str]:
 
 
 def leads_back(path: Path, run: Path) -> bool:
-    """Tell whether a directory is a link to one that it lies in, by its name or another."""
+    """Tell whether a directory is a link to a directory that contains it, under any name."""
     if not path.is_symlink():
         return False
     target = path.resolve()
@@ -60,7 +64,7 @@ def leads_back(path: Path, run: Path) -> bool:
 
 
 def to_seal(names: Iterable[str]) -> list[str]:
-    """Return those of ``names`` that the seal is about: not what is hidden, half written or later."""
+    """Return the names that the seal covers: no hidden or half-written files, and none made later."""
     return [
         name
         for name in names
@@ -72,7 +76,7 @@ def to_seal(names: Iterable[str]) -> list[str]:
 
 
 def manifests(run: Path, names: Iterable[str]) -> dict[str, dict]:
-    """Return the manifests among these files by name, the latest seal's own too."""
+    """Return the manifests among these files, by name, including that of the latest seal."""
     found = {}
     for name in names:
         path = PurePosixPath(name)
@@ -88,7 +92,7 @@ def manifests(run: Path, names: Iterable[str]) -> dict[str, dict]:
 
 
 def is_manifest(content: object) -> bool:
-    """Tell whether a file's content has the form that ``manifest.write`` gives."""
+    """Tell whether the content of a file has the form that ``manifest.write`` gives it."""
     try:
         texts = [content["stage"], content["code"], *content["inputs"].values()]
         entries = content["files"].values()
@@ -105,14 +109,14 @@ def is_manifest(content: object) -> bool:
 
 
 def job_of(name: str, stage: str) -> str:
-    """Return the job of the chain that a manifest is of: as ``log_of``, but adopt takes train's place."""
+    """Return the job that a manifest belongs to. Like ``log_of``, but ``adopt`` stands for ``train``."""
     return log_of(
         name, stages.BY_NAME[stage].replaces or stage if stage in stages.BY_NAME else stage
     )
 
 
 def log_of(name: str, stage: str) -> str:
-    """Return the job that wrote a manifest, named as its log is: phase-1/train, passkey.base."""
+    """Return the job that wrote a manifest, named like its log: phase-1/train, passkey.base."""
     path = PurePosixPath(name)
     if path.parent.name in stages.VARIANT_DIRECTORIES:
         return str(path.parent.parent / f"{stage}.{path.stem}")
@@ -120,20 +124,20 @@ def log_of(name: str, stage: str) -> str:
 
 
 def payload(name: str, manifest: dict) -> dict[str, dict]:
-    """Return the files of a manifest by their names in the run, each with size and sha256."""
+    """Return the files that a manifest lists, by their names in the run, each with size and sha256."""
     directory = PurePosixPath(name).parent
     return {str(directory / file): entry for file, entry in manifest["files"].items()}
 
 
 def payload_directories(name: str, manifest: dict) -> list[str]:
-    """Return the directories that hold a manifest's files and nothing else."""
+    """Return the directories that hold only the files of a manifest."""
     directory = PurePosixPath(name).parent
     tops = {file.partition("/")[0] for file in manifest["files"] if "/" in file}
     return sorted(str(directory / top) for top in tops)
 
 
 def other_code(manifests: dict[str, dict], root: Path) -> list[str]:
-    """Return a sentence for each stage that was made by other code than that below ``root``."""
+    """Return a sentence for each stage that was made with other code than the code below ``root``."""
     stages: dict[str, set[str]] = {}
     for one in manifests.values():
         stages.setdefault(one["stage"], set()).add(one["code"])
@@ -141,7 +145,7 @@ def other_code(manifests: dict[str, dict], root: Path) -> list[str]:
     for stage, codes in sorted(stages.items()):
         script = root / "scripts" / f"{stage}.py"
         if not script.is_file() or codes != {code_hash(script)}:
-            found.append(f"{stage} was made by other code than {script} is")
+            found.append(f"{stage} was made with other code than that of {script}")
     return found
 
 
@@ -155,7 +159,7 @@ class Makers:
                 self.stages.setdefault(file, manifest["stage"])
 
     def stage(self, name: str) -> str | None:
-        """Return the stage that made a file, or None where nothing tells."""
+        """Return the stage that made a file, or None if nothing tells."""
         path = PurePosixPath(name)
         if name in self.stages:
             return self.stages[name]

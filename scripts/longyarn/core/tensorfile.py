@@ -1,7 +1,7 @@
-"""safetensors files larger than memory: written a part at a time, read in place.
+"""safetensors files that are larger than memory: written part by part, read in place.
 
-The library writes only what is in memory whole. The format is a length in 8 bytes, a header of JSON and
-then the tensors end to end (https://github.com/huggingface/safetensors).
+The library can write only tensors that are in memory. The format is a length in 8 bytes, a JSON header,
+and then the tensors, one after the other (https://github.com/huggingface/safetensors).
 """
 
 import json
@@ -21,7 +21,7 @@ DTYPES = {
 }  # fmt: skip
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 WIDTHS = {kind: dtype.itemsize for kind, dtype in DTYPES.items()}
-# Models' own, of which NumPy has not all.
+# Types of model weights, some of which NumPy lacks.
 WIDTHS |= {
     "I8": 1, "I16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8,
 }  # fmt: skip
@@ -32,7 +32,7 @@ BLOCK = 1 << 24  # bytes
 
 @dataclass(frozen=True)
 class Stream:
-    """A tensor of this kind, in the format's own word, and shape; its bytes come in ``parts``, in order."""
+    """A tensor to write: its type in the format's own words, its shape, and its bytes in order, in parts."""
 
     kind: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in its file: ``size`` bytes from byte ``begin``."""
+    """Where a tensor lies in its file: ``size`` bytes that start at byte ``begin``."""
 
     kind: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Place:
 
     @property
     def dtype(self) -> np.dtype:
-        """NumPy's type for it; KeyError where it has none."""
+        """The NumPy type; KeyError if NumPy has none."""
         return DTYPES[self.kind]
 
 
@@ -59,9 +59,9 @@ def write(
     tensors: Mapping[str, np.ndarray | Stream],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file, atomically, with no more of a ``Stream`` in memory than one part.
+    """Write a safetensors file atomically, with at most one part of a ``Stream`` in memory.
 
-    Tensors with wide numbers come first, so that each is aligned. Equal input gives equal bytes.
+    Tensors with the widest numbers come first, so that each is aligned. Equal input gives equal bytes.
     """
     streams = {name: _as_stream(tensor) for name, tensor in tensors.items()}
     ordered = sorted(streams.items(), key=lambda item: (-WIDTHS[item[1].kind], item[0]))
@@ -76,7 +76,7 @@ def write(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     path = Path(path)
-    # An attempt that is taken for lost may still be writing the same file.
+    # Another attempt at this job may still be alive and write the same file.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -84,7 +84,7 @@ def write(
             for part in (part for _, stream in ordered for part in stream.parts):
                 file.write(np.ascontiguousarray(part).data)
             if file.tell() != 8 + len(text) + end:
-                raise ValueError(f"the tensors of {path} do not have the shapes that were stated")
+                raise ValueError(f"the tensors of {path} do not have the stated shapes")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def _as_stream(tensor: np.ndarray | Stream) -> Stream:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """Return a file's tensors, memory-mapped: what is not looked at is not read."""
+    """Return a file's tensors, memory-mapped: only what is used is read."""
     places = header(path)
     return {
         name: np.memmap(path, dtype=place.dtype, mode="r", offset=place.begin, shape=place.shape)
@@ -109,7 +109,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def load(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Return these tensors of a file, in memory; the file is not kept open."""
+    """Return the named tensors of a file, read into memory. The file is closed again."""
     places = header(path)
     found = {}
     with open(path, "rb") as file:
@@ -122,7 +122,7 @@ def load(path: Path, *names: str) -> dict[str, np.ndarray]:
 
 
 def blocks(path: Path, place: Place) -> Iterator[np.ndarray]:
-    """Yield a tensor's bytes as they are, some at a time."""
+    """Yield the bytes of a tensor, block by block."""
     with open(path, "rb") as file:
         file.seek(place.begin)
         left = place.size
@@ -132,7 +132,7 @@ def blocks(path: Path, place: Place) -> Iterator[np.ndarray]:
 
 
 def torch_rows(path: Path, place: Place, begin: int = 0, count: int | None = None):
-    """Return a tensor of a file as torch's, or ``count`` of its rows from ``begin`` on, in memory."""
+    """Return a tensor of a file as a torch tensor, or ``count`` of its rows from row ``begin`` on."""
     import torch
 
     rows, *rest = place.shape or (1,)
@@ -141,7 +141,7 @@ def torch_rows(path: Path, place: Place, begin: int = 0, count: int | None = Non
     content = bytearray(count * width)
     with open(path, "rb", buffering=0) as file:
         file.seek(place.begin + begin * width)
-        # More than 2 GiB come in several pieces.
+        # The system returns more than 2 GiB in several pieces.
         view = memoryview(content)
         while view and (got := file.readinto(view)):
             view = view[got:]
@@ -150,12 +150,12 @@ def torch_rows(path: Path, place: Place, begin: int = 0, count: int | None = Non
 
 
 def header(path: Path) -> dict[str, Place]:
-    """Return where a file's tensors lie; raise ``UserError`` for a broken file."""
+    """Return where each tensor of a file lies. Raises ``UserError`` if the file is broken."""
     return _header(path)[0]
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """Return what a file says of itself."""
+    """Return the metadata of a file."""
     return _header(path)[1]
 
 
@@ -180,6 +180,6 @@ def _header(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
             places[name] = place
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
         raise UserError(
-            f"{path} is no whole safetensors file; restore it, or delete it and run again"
+            f"{path} is not a complete safetensors file; restore it, or delete it and run again"
         ) from None
     return places, about

@@ -4,9 +4,9 @@ import os
 
 
 def set_up_torch(threads: int) -> None:
-    """Fix torch's thread count and quieten transformers' bars and advice.
+    """Set torch's thread count, and silence the progress bars and advice of transformers.
 
-    Sums depend on the thread count, so it comes from the config, not from --cores.
+    Sums depend on the number of threads, so it comes from the config and not from --cores.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
