@@ -12,10 +12,10 @@ from pathlib import Path
 
 from longyarn.core import job_record, manifest
 from longyarn.core.code_hash import code_hash
+from longyarn.core.console import duration
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import new_directory, read_json, sha256, write_json, write_text
 from longyarn.core.lineage import chain, parts, phases_of
-from longyarn.core.units import duration
 from longyarn.reporting import comparisons, figures, verdict
 from longyarn.stages import INSTRUMENTS, REPORTED
 

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 import report
 from longyarn.config import sweep_cells
 from longyarn.core import job_record, manifest
+from longyarn.core.console import duration
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import write_json, write_text
-from longyarn.core.units import duration
 from longyarn.reporting import comparisons, figures, verdict
 from longyarn.reporting.verdict import between, percent, significant
 

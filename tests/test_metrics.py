@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from longyarn.core.units import duration
+from longyarn.core.console import duration
 from longyarn.training import metrics
 from longyarn.training.metrics import Metrics
 

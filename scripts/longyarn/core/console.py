@@ -1,4 +1,4 @@
-"""Progress as a stage shows it: a bar on a terminal, lines in a log."""
+"""What a person reads while a stage runs: progress bars, lines in a log, and durations in words."""
 
 import sys
 import time
@@ -79,3 +79,14 @@ def token_progress(
 def rate(tokens: int, seconds: float) -> str:
     """Return tokens, and tokens per second, in words."""
     return f"{tokens / 1e6:.1f} M tokens, {tokens / 1e6 / max(seconds, 1e-9):.2f} M/s"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``7.2 s``, ``42 s``, ``12 min 05 s`` or ``3 h 40 min``."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min"

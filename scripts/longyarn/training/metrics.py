@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from longyarn.core.console import duration
 from longyarn.core.files import write_text
-from longyarn.core.units import duration
 from longyarn.training.guards import say
 
 
