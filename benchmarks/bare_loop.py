@@ -13,7 +13,7 @@ from longyarn.core import manifest
 from longyarn.core.torch_setup import set_up_torch
 from longyarn.data.packed_dataset import Packed
 from longyarn.models import loading, lora
-from longyarn.training import chunked_loss, engine
+from longyarn.training import chunked_loss, model_setup
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -32,7 +32,7 @@ def main(run: Path, settings: dict) -> None:
         run / "base",
         run / "rope/yarn.json",
         dtype="fp32",
-        attention=engine.attention(settings, masks),
+        attention=model_setup.attention(settings, masks),
     )
     model.config.use_cache = False
     model = lora.attach(model, settings["lora"])

@@ -1,7 +1,7 @@
-"""Take what was trained by some step out of a checkpoint. In: what training takes. Out: as from training.
+"""Take the weights of one step out of a training checkpoint. In: what training reads. Out: as from training.
 
-For a look at a run while it trains (docs/training.md): nothing else asks for it. The checkpoint itself
-is no input, because it lies in the work directory and makes room for later ones.
+For evaluating a run while it still trains (docs/training.md); no other rule asks for it. The checkpoint is
+not an input, because it lies in the work directory, where later ones replace it.
 """
 
 
@@ -17,16 +17,20 @@ rule checkpoint:
     benchmark:
         f"{RUN}/benchmarks/step-{{step}}/checkpoint.tsv"
     resources:
-        # Not params: a setting that only watches must not delete what cannot be made anew.
+        # Not params: a changed setting or code would delete an output that cannot be made again.
         settings=lambda wildcards: as_json(training_of(wildcards)),
+        training_code=code("train"),
         mem_mb=request("checkpoint", "mem_mb"),
         runtime=request("checkpoint", "runtime"),
     params:
         code=code("checkpoint"),
-        defining=lambda wildcards: as_json(engine.defining(training_of(wildcards))),
+        defining=lambda wildcards: as_json(
+            identity.defining_settings(training_of(wildcards))
+        ),
         work=config["paths"]["work"],
         trained=f"{RUN}/trained.json",
     shell:
         "python scripts/checkpoint.py --base {input.base} --rope {input.rope} --pack {input.pack}"
-        " --settings {resources.settings} --work {params.work:q} --trained {params.trained}"
-        " --step {wildcards.step} --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"
+        " --settings {resources.settings} --code {resources.training_code} --work {params.work:q}"
+        " --trained {params.trained} --step {wildcards.step} --manifest {output.manifest}"
+        " --output {output.payload} 2>&1 | tee {log}"

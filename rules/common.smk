@@ -22,7 +22,7 @@ from longyarn.core.code_hash import code_hash
 from longyarn.core.errors import UserError
 from longyarn.data import chat_templates, local_files
 from longyarn.models.source_files import BASE_MODEL_FILES, EXTERNAL_MODEL_FILES
-from longyarn.training import engine
+from longyarn.training import identity
 from snakemake.settings.types import DeploymentMethod
 
 try:

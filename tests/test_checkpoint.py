@@ -36,7 +36,7 @@ def test_a_checkpoint_that_is_not_there_is_one_sentence(finished_copy):
     log = finished_copy.directory / "results/tests/logs/step-3/checkpoint.log"
     sentence = one_sentence(log.read_text())
     assert "no whole checkpoint of step 3" in sentence
-    assert "those of 2, 4" in sentence
+    assert "it has those of 2, 4" in sentence
 
 
 def test_a_run_that_has_not_come_to_its_training_is_left_alone(workspace):

@@ -15,7 +15,7 @@ from longyarn.core.errors import UserError
 from longyarn.core.files import read_json
 from longyarn.data.packed_dataset import Packed
 from longyarn.models import loading, lora
-from longyarn.training import engine
+from longyarn.training import deepspeed_setup, model_setup
 
 EMBEDDINGS_AND_NORMS = {"rank": 4, "train_embeddings": True, "train_norms": True}
 MODES = {
@@ -143,17 +143,17 @@ def test_heads_that_cannot_be_shared_are_refused(runs):
     training = settings(masks=False, nodes=4, sp_size=4, zero_stage=3)
     made = loading.load_config(runs[False] / "base", runs[False] / "rope.json")
     with pytest.raises(UserError, match="sp_size 4 cannot share 2 attention heads"):
-        engine.check_heads(training, made)
+        model_setup.check_heads(training, made)
 
 
 def test_a_model_without_grouped_keys_has_one_for_each_head():
     made = GPTNeoXConfig(num_attention_heads=4)
     assert not hasattr(made, "num_key_value_heads")
-    engine.check_heads(settings(masks=False), made)
+    model_setup.check_heads(settings(masks=False), made)
     four = settings(masks=False, nodes=4, sp_size=4, zero_stage=3)
-    engine.check_heads(four, made)
+    model_setup.check_heads(four, made)
     with pytest.raises(UserError, match="cannot share 6 attention heads with 6"):
-        engine.check_heads(four, GPTNeoXConfig(num_attention_heads=6))
+        model_setup.check_heads(four, GPTNeoXConfig(num_attention_heads=6))
 
 
 def test_the_sequences_of_a_step_begin_anew_with_each_epoch(runs):
@@ -176,7 +176,7 @@ def test_the_sequences_of_a_step_begin_anew_with_each_epoch(runs):
 def test_a_package_that_is_not_there_is_named(runs, tmp_path, key, value, package):
     if key == "loss":
         with pytest.raises(UserError, match=package):
-            engine.require_packages(settings() | {key: value})
+            model_setup.require_packages(settings() | {key: value})
         return
     done = train(runs[True], tmp_path, settings() | {key: value}, check=False)
     assert done.returncode == 1
@@ -185,7 +185,7 @@ def test_a_package_that_is_not_there_is_named(runs, tmp_path, key, value, packag
 
 
 def test_deepspeed_s_configuration_follows_the_settings():
-    made = engine.deepspeed_config(
+    made = deepspeed_setup.configuration(
         settings(zero_stage=3, offload="all", precision="bf16", max_grad_norm=0.5)
     )
     assert made["gradient_accumulation_steps"] == BATCH

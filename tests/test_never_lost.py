@@ -137,7 +137,7 @@ def test_another_placement_is_refused_in_a_sentence(inputs, tmp_path):
     done = train(inputs, tmp_path, of_ten_steps(nodes=2, zero_stage=3), check=False)
     assert done.returncode == 1
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "holds step 2 of this very run, made with" in one_sentence(told[0])
+    assert "holds step 2 of this run, trained with" in one_sentence(told[0])
     assert "training.nodes 1, training.zero_stage 2" in told[0]
 
 

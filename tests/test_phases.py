@@ -13,7 +13,7 @@ from longyarn.core import manifest
 from longyarn.core.errors import UserError
 from longyarn.core.files import read_json, write_json
 from longyarn.provenance.verification import Run
-from longyarn.training import engine
+from longyarn.training import identity
 
 EARLIER = {
     "rope": {"target_length": 768},
@@ -81,8 +81,8 @@ def test_a_phase_made_anew_with_the_same_weights_is_the_same_start(finished, tmp
     ):
         other = tmp_path / f"{name}.json"
         write_json(other, altered)
-        found = engine.identity(settings, inputs | {"base": other}, run / "trained.json")
-        same = found == engine.identity(settings, inputs, run / "trained.json")
+        found = identity.of_run(settings, "code", inputs | {"base": other}, run / "trained.json")
+        same = found == identity.of_run(settings, "code", inputs, run / "trained.json")
         assert same == (name == "settings")
 
 

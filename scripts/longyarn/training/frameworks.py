@@ -27,7 +27,7 @@ from longyarn.data.packed_dataset import Packed
 from longyarn.models.rope_checks import check_config
 from longyarn.rope import transformers4
 from longyarn.rope.record import patched_config
-from longyarn.training import engine
+from longyarn.training import deepspeed_setup
 
 IGNORED = -100  # a label that counts in no loss
 
@@ -240,7 +240,7 @@ def write(
         write_model(run, directory / "model")
         rows = write_dataset(run, directory / "dataset", *dataset)
         if "deepspeed" in values:
-            write_json(directory / values["deepspeed"], engine.deepspeed_config(training))
+            write_json(directory / values["deepspeed"], deepspeed_setup.configuration(training))
         write_settings(directory / "train.yaml", values, head, notes)
         write_readme(directory / "README.md", name, command, arguments, notes)
     publish(arguments, script, rows, notes)

@@ -1,7 +1,5 @@
 """What watches over training: the model before the first step, each step, and the course of the loss."""
 
-import os
-import sys
 from collections.abc import Callable
 from statistics import fmean, pstdev
 
@@ -10,17 +8,12 @@ from transformers import TrainerCallback
 
 from longyarn.core.errors import UserError
 from longyarn.models.rope_checks import check_rotation
+from longyarn.training.deepspeed_setup import say
 
 FINITE, GRADIENT_IS_BAD, LOSS_IS_BAD = range(3)
 NAMED = 5  # documents in a sentence
 WINDOW, ENOUGH = 50, 5  # logged losses that a spike is compared with
 COMPARED = 10  # logged losses at either end, for divergence
-
-
-def say(line: str) -> None:
-    """Print a line of progress from the first process."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(line, file=sys.stderr, flush=True)
 
 
 class Guards(TrainerCallback):

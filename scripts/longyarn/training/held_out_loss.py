@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from longyarn.core.errors import UserError
-from longyarn.training.guards import say
+from longyarn.training.deepspeed_setup import say
 
 DOCUMENTS = 8  # at most so many are measured, so that it stays short beside training
 FALLEN = 0.001  # part of the best loss that a better one must be below it

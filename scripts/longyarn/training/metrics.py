@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from longyarn.core.console import duration
 from longyarn.core.files import write_text
-from longyarn.training.guards import say
+from longyarn.training.deepspeed_setup import say
 
 
 class Metrics(TrainerCallback):

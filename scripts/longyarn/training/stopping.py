@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from longyarn.core import attempts
 from longyarn.core.errors import UserError
-from longyarn.training.guards import say
+from longyarn.training.deepspeed_setup import say
 
 GO_ON, SAVE, CHECKPOINT, REPLACED = range(4)
 
