@@ -94,7 +94,7 @@ def mebibytes(size: float) -> str:
 ROWS = {
     "noop_vs_version": ("<= 2", compare, ["snakemake"], ["snakemake", "--version"]),
     "sweep_24_cells_vs_1": (
-        "<= 2", compare, [*DRY_SWEEP, "--configfile", "benchmarks/sweep.yaml"], DRY_SWEEP,
+        "<= 2", compare, [*DRY_SWEEP, "--configfile", "config.yaml", "benchmarks/sweep.yaml"], DRY_SWEEP,
     ),
     "chunked_loss_memory_vs_stock": ("<= 0.35", measured, chunked_loss, mebibytes),
     "train_vs_bare_loop": (">= 0.95", measured, training_speed, tokens_a_second),

@@ -20,8 +20,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import plan  # noqa: E402
 from longyarn.cluster import container_images  # noqa: E402
+from longyarn.config.layers import layered  # noqa: E402
 from longyarn.core.errors import UserError, program  # noqa: E402
 from longyarn.data.python_packages import pip_settings  # noqa: E402
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--registry", default="", help="where to push, such as ghcr.io/team")
     parser.add_argument("--base", help="another base than the Dockerfile's, as name@sha256:…")
     parser.add_argument("--torch-index-url", default="", help="another index to find torch in")
-    parser.add_argument("--config", type=Path, nargs="*", default=[], help="files on config.yaml")
+    parser.add_argument("--config", type=Path, nargs="*", default=[], help="config files")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     with pip_for_the_build(arguments.torch_index_url) as binds:
@@ -115,7 +115,7 @@ def record(image: str, address: str, recipe: str) -> None:
 
 def build_sif(image: str, configs: list[Path], binds: dict[Path, str]) -> None:
     """Build from the Apptainer definition, without root, to the path where a run looks for it."""
-    target = container_images.sif(image, plan.layered(*configs)["paths"]["cache"], ROOT)
+    target = container_images.sif(image, layered(*configs)["paths"]["cache"], ROOT)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial.sif")
     command = [container_images.program(), "build", "--force"]

@@ -15,12 +15,10 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import yaml
-
 from longyarn.cluster import estimate, job_resources, model_shapes
 from longyarn.config import derived
 from longyarn.config.checks import check, instruments
-from longyarn.config.load import complete
+from longyarn.config.layers import layered
 from longyarn.config.phases import phases
 from longyarn.core.errors import UserError, first_line, program
 
@@ -31,7 +29,10 @@ DEFAULT_PROFILE = Path("profiles/slurm")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--configfile", type=Path, help="file layered on config.yaml")
+    what.add_argument(
+        "--configfile", type=Path, nargs="+", default=[], metavar="FILE",
+        help="config files, later ones layered on earlier ones; default: config.yaml",
+    )  # fmt: skip
     what.add_argument("--settings", type=json.loads, help="the whole configuration, as JSON")
     what.add_argument(
         "--document", action="store_true", help="print docs/requests.md: the default and presets/"
@@ -43,7 +44,7 @@ def main() -> None:
     if arguments.document:
         print(document(arguments.profile), end="")
         return
-    config = arguments.settings or layered(*filter(None, [arguments.configfile]))
+    config = arguments.settings or planned(arguments.configfile)
     print(costs(config), flush=True)
     check_fit(config)
     print(f"\nRequests to SLURM at the first attempt, by {arguments.profile}")
@@ -55,37 +56,11 @@ def main() -> None:
         print(f"  not shown: {error.name} is not installed; run `make setup-slurm`")
 
 
-def layered(*files: Path) -> dict:
-    """Return config.yaml with files layered on it, as Snakemake's --configfile does, and checked."""
-    from snakemake.utils import update_config
-
-    config = {}
-    for file in (ROOT / "config.yaml", *files):
-        update_config(config, mapping(file))
-    config = complete(config, ROOT / "schemas" / "config.schema.yaml")
+def planned(files: list[Path]) -> dict:
+    """Return the complete, checked configuration of these files; of config.yaml without any."""
+    config = layered(*files)
     job_resources.check(config)
     return config
-
-
-def mapping(file: Path) -> dict:
-    """Return what a config file says; an empty one says nothing."""
-    try:
-        said = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"config file {file} is missing; mend the path") from None
-    except OSError as error:
-        raise UserError(
-            f"config file {file} cannot be read ({error.strerror}); mend the path"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"config file {file} is not UTF-8; save it as UTF-8") from None
-    except (yaml.YAMLError, ValueError) as error:  # such as the date 2024-99-99
-        raise UserError(f"{file} is not YAML ({first_line(error)}); mend it") from None
-    if said is not None and not isinstance(said, dict):
-        raise UserError(
-            f"config file {file} is not a mapping of keys to values; write it like config.yaml"
-        )
-    return said or {}
 
 
 def shape_of(config: dict) -> model_shapes.Shape:
@@ -377,7 +352,7 @@ def document(profile: Path) -> str:
     for file in [None, *sorted((ROOT / "presets").glob("*.yaml"))]:
         title = f"presets/{file.name}" if file else "The default"
         text.append(f"\n## {title}\n\n| rule | request |\n| --- | --- |")
-        rows = submissions(layered(*filter(None, [file])), profile)
+        rows = submissions(planned([file] if file else []), profile)
         text += [
             f"| {rule} | {f'`{call}`' if call.startswith('sbatch') else call} |"
             for rule, call in rows

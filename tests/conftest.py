@@ -66,7 +66,7 @@ class Workspace:
 
         ``before`` is put in front of the command, to run it under another program.
         """
-        files = ["tests/config.yaml"]
+        files = ["config.yaml", "tests/config.yaml"]
         if overrides:
             (self.directory / "overrides.yaml").write_text(json.dumps(overrides))
             files.append("overrides.yaml")

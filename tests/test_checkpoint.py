@@ -50,7 +50,7 @@ def test_a_run_that_has_not_come_to_its_training_is_left_alone(workspace):
 def test_a_checkpoint_is_evaluated_while_training_goes_on(finished_copy):
     run, work = (finished_copy.directory / part for part in ("results/tests", "work"))
     (finished_copy.directory / "long.yaml").write_text(json.dumps(LONG))
-    layers = ["--configfile", "tests/config.yaml", "long.yaml"]
+    layers = ["--configfile", "config.yaml", "tests/config.yaml", "long.yaml"]
     command = [sys.executable, "-m", "snakemake", "--cores", "1", *layers, "--"]
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -13,6 +13,7 @@ from stages import one_sentence
 
 import plan
 from longyarn.cluster import job_resources
+from longyarn.config.layers import layered
 from longyarn.config.load import complete
 from longyarn.core.errors import UserError
 
@@ -30,7 +31,7 @@ def make_plan(workspace, overrides: dict | None = None, *arguments: str):
     """Run the program as `make plan` does."""
     if overrides is not None:
         (workspace.directory / "mine.yaml").write_text(json.dumps(overrides))
-        arguments = ("--configfile", "mine.yaml", *arguments)
+        arguments = ("--configfile", "config.yaml", "mine.yaml", *arguments)
     return subprocess.run(
         [sys.executable, "scripts/plan.py", *arguments],
         cwd=workspace.directory,
@@ -78,7 +79,7 @@ def test_overrides_of_the_profile_count(tmp_path, monkeypatch):
     }  # fmt: skip
     profile["set-resources"] = {"train": {"runtime": 77, "mem_mb": 123456}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(profile))
-    config = plan.layered(ROOT / "presets/llama2-7b-32k.yaml")
+    config = layered(ROOT / "presets/llama2-7b-32k.yaml")
     train = dict(plan.submissions(config, tmp_path))["train"]
     for part in ("-A mine", "-p long", "-t 77", "--mem 123456", "--gpus=a100:8"):
         assert part in train
@@ -108,7 +109,7 @@ def test_a_broken_profile_is_one_sentence(workspace, profile, reason):
 BROKEN = {
     "a list": (b"- run", "is not a mapping"),
     "text": (b"run", "is not a mapping"),
-    "no YAML": (b"run: [", "is not YAML"),
+    "no YAML": (b"run: [", "is not valid YAML"),
     "latin-1": ("run: h\u00e9".encode("latin-1"), "is not UTF-8"),
     "a directory": (None, "cannot be read"),
     "paths without a value": (b"paths:", "config key 'paths' is null"),
@@ -121,8 +122,8 @@ def test_a_broken_config_file_is_one_sentence_in_the_plan_and_in_an_image(tmp_pa
     file = tmp_path / "mine.yaml"
     file.mkdir() if content is None else file.write_bytes(content)
     for command in (
-        ["scripts/plan.py", "--configfile", file],
-        ["containers/build.py", "sif", "--image", "cpu", "--config", file],
+        ["scripts/plan.py", "--configfile", "config.yaml", file],
+        ["containers/build.py", "sif", "--image", "cpu", "--config", "config.yaml", file],
     ):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1
@@ -131,7 +132,7 @@ def test_a_broken_config_file_is_one_sentence_in_the_plan_and_in_an_image(tmp_pa
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid_fit_and_say_what_they_are(preset):
-    config = plan.layered(preset)
+    config = layered(preset)
     plan.check_fit(config)
     assert config["run"] == preset.stem
     assert "NEVER RUN ON A GPU BY US" in preset.read_text()

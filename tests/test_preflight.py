@@ -306,7 +306,7 @@ def on_slurm(cluster, workspace, monkeypatch):
                 "timeout", "--signal=KILL", "100",
                 sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm",
                 "--software-deployment-method", "env-modules", *options,
-                "--configfile", "tests/config.yaml", "slurm.yaml", "--", target,
+                "--configfile", "config.yaml", "tests/config.yaml", "slurm.yaml", "--", target,
             ],
             check=False,
         )  # fmt: skip

@@ -48,7 +48,7 @@ class Run:
         environment = cluster.environment | (environment or {})
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         options = [a for a in arguments if a.startswith("-")]
-        files = ["--configfile", "tests/config.yaml", "slurm.yaml", "--"]
+        files = ["--configfile", "config.yaml", "tests/config.yaml", "slurm.yaml", "--"]
         targets = [a for a in arguments if not a.startswith("-")]
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(

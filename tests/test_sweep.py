@@ -264,7 +264,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(finished_copy):
         "train": 2, "merge": 2, "perplexity": 2, "passkey": 2, "sweep": 1,
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "tests/config.yaml",
+        sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "config.yaml", "tests/config.yaml",
         "overrides.yaml", "--", "sweep",
     ]  # fmt: skip
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"

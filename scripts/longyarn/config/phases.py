@@ -33,17 +33,17 @@ def phases(config: dict) -> dict[str, dict]:
     """
     alone = config | {"phases": []}
     found = {
-        f"phase-{number}/": _merged(alone, changes)
+        f"phase-{number}/": merged(alone, changes)
         for number, changes in enumerate(config["phases"], start=1)
     }
     return found | {"": config}
 
 
-def _merged(config: dict, changes: dict) -> dict:
-    """Return a configuration with changes in it, key by key."""
+def merged(config: dict, changes: dict) -> dict:
+    """Return a configuration with changes, key by key; mappings are merged, and all else is replaced."""
     both = config.keys() & changes.keys()
     inner = {
-        key: _merged(config[key], changes[key])
+        key: merged(config[key], changes[key])
         for key in both
         if isinstance(config[key], dict) and isinstance(changes[key], dict)
     }
