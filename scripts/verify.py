@@ -1,8 +1,11 @@
-"""Verify a sealed run: `make verify RUN=results/micro`.
+"""Verify a sealed run: is it still what it was when it was sealed?
 
-Every file is hashed and compared with SHA256SUMS, the crate and its manifest; manifests are followed to
-those that they were made from; the report's figures are computed anew. A sentence for each thing that does
-not match, and exit code 1. docs/provenance.md says what that proves. It needs neither torch nor a network.
+Every file is hashed and compared with SHA256SUMS, the crate and its manifest. Manifests are followed to those
+that they were made from, and the report's figures are computed again. For each mismatch there is one
+sentence, and the exit code is 1. docs/provenance.md says what that proves. Neither torch nor a network is
+needed.
+
+    python scripts/verify.py results/micro
 """
 
 import argparse
@@ -19,18 +22,22 @@ from longyarn.core.code_hash import code_hash
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import sha256
 from longyarn.provenance.verification import Run
+from longyarn.reporting.assemble import assemble
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-# Sections of the configuration that a manifest has the keys of that its stage ran with.
+REPORT_SCRIPT = Path(__file__).with_name("report.py")
+# Sections of the configuration, and the manifest whose settings are the keys that the stage ran with.
 SECTIONS = {"training": "trained.json", "gate": "verified.json"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, nargs="?", help="the run's directory: results/micro")
     path = parser.parse_args().run
     if path is None:
-        raise UserError("no run is named; say `make verify RUN=results/micro`")
+        raise UserError("no run is named; use `make verify RUN=results/micro`")
     run_directory.require(path)
     run = Run(path)
     found = findings(run)
@@ -48,24 +55,23 @@ def main() -> None:
 
 
 def findings(run: Run) -> list[str]:
-    """Return a sentence for each thing that does not match."""
-    # Of files that are not what they were, figures tell nothing.
+    """Return one sentence for each mismatch."""
+    # Figures computed from changed files would say nothing.
     return list(run.findings()) or [*of_figures(run), *of_config(run)]
 
 
 def of_figures(run: Run) -> Iterator[str]:
-    """Compute report.json from the manifests anew and compare it, all but the timings."""
+    """Compute report.json again from the manifests and compare all of it but the timings."""
     if why_not_computed(run):
         return
-    import report
-
     said = run.json(run_directory.REPORT)
     jobs = superseded.reported(run.manifests, said)
-    made = report.assemble(
+    made = assemble(
         {job: run.manifests[name] for job, name in jobs.items()},
         {job: run.real[name] for job, name in jobs.items()},
         said["rope"]["trained"],
         run.manifests["verified.json"]["settings"],
+        code_hash(REPORT_SCRIPT),
     )
     made["model"]["disclosure"] = said["model"]["disclosure"]
     made["timings"] = said["timings"]
@@ -76,17 +82,17 @@ def of_figures(run: Run) -> Iterator[str]:
 
 
 def why_not_computed(run: Run) -> str | None:
-    """Return why the report cannot be computed anew here, or None."""
+    """Return why the report cannot be computed again here, or None."""
     said = run.json(run_directory.REPORT)
-    if said["code"]["report"] != code_hash(CHECKOUT / "scripts" / "report.py"):
-        return "the code of report is another one here"
+    if said["code"]["report"] != code_hash(REPORT_SCRIPT):
+        return "the report's code is different here"
     if not all(superseded.reported(run.manifests, said).values()):
         return "a variant is the model of another run"
     return None
 
 
 def of_config(run: Run) -> Iterator[str]:
-    """Compare the configuration with what stages ran with."""
+    """Compare the configuration with the settings that stages ran with."""
     config = yaml.safe_load((run.path / run_directory.CONFIG).read_bytes())
     for section, name in SECTIONS.items():
         ran, now = run.manifests[name]["settings"], manifest.portable(config[section])
@@ -96,7 +102,7 @@ def of_config(run: Run) -> Iterator[str]:
 
 
 def notes(run: Run) -> Iterator[str]:
-    """Yield a sentence for each thing that is no error but that one should know."""
+    """Yield one sentence for each fact that is no error but worth knowing."""
     for directory in sorted(run.purged):
         yield f"{run.path / directory}/ is not here, so not checked; a finished run does without it"
     later = (
@@ -120,11 +126,11 @@ def notes(run: Run) -> Iterator[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # an error says more
     if why:
-        yield f"the figures of the report are not computed anew, because {why}"
+        yield f"the figures of the report are not computed again, because {why}"
 
 
 def same(one: object, other: object) -> bool:
-    """Tell whether two values are equal, numbers but for what rounding differs between machines."""
+    """Tell whether two values are equal; numbers may differ by the rounding of another machine."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):

@@ -12,6 +12,7 @@ from stages import refusal, run
 import bundle
 from longyarn.core import run_directory
 from longyarn.core.files import sha256
+from longyarn.provenance.archive import is_left_out, settings_of_elsewhere
 
 ALONE = (sys.executable, str(ROOT / "tests" / "no_network.py"))
 RUN = "results/tests"
@@ -111,7 +112,7 @@ def test_what_cannot_be_packed_is_one_sentence(archive, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / RUN / "base")
     sentence = refusal(bundle, "--seal", SEAL, "--output", output)
     assert "is sealed but missing" in sentence and "--forcerun download_model" not in sentence
-    assert f"bring it alone with `snakemake -- {RUN}/base`, then seal again" in sentence
+    assert f"make it again with `snakemake -- {RUN}/base`, then seal the run again" in sentence
     (tmp_path / RUN / run_directory.SEAL).unlink()
     sentence = refusal(bundle, "--seal", SEAL, "--output", output)
     assert "SHA256SUMS is missing" in sentence
@@ -123,10 +124,10 @@ def test_training_data_stays_behind_in_all_its_forms_and_variants_go_in():
         "corpus/a/b.txt", "pack/x", "phase-1/pack/x", "cells/mix.seed=1/pack/deep/x",
         "llamafactory/model/x", "axolotl/data/x.parquet",
     ):  # fmt: skip
-        assert bundle.is_left_out(name), name
+        assert is_left_out(name), name
     for name in ("pack.json", "logs/pack.log", "models/pack/x", "rope/axolotl/x", "tokens/x",
                  "workflow/pack/x"):  # fmt: skip
-        assert not bundle.is_left_out(name), name
+        assert not is_left_out(name), name
 
 
 def test_settings_that_lead_out_of_the_archive_are_named_and_can_be_taken_out():
@@ -135,11 +136,11 @@ def test_settings_that_lead_out_of_the_archive_are_named_and_can_be_taken_out():
         "variants": ["base", "other", "trained"],
         "more_variants": {"other": {"run": "other"}, "unused": {"run": "unused"}},
     }
-    assert [*bundle.settings_of_elsewhere({"evaluation": evaluation})] == [
+    assert [*settings_of_elsewhere({"evaluation": evaluation})] == [
         "evaluation.passkey.haystack", "evaluation.more_variants.other.run",
     ]  # fmt: skip
-    mended = evaluation | {"passkey": {"haystack": None}, "variants": ["base", "trained"]}
-    assert [*bundle.settings_of_elsewhere({"evaluation": mended})] == []
+    corrected = evaluation | {"passkey": {"haystack": None}, "variants": ["base", "trained"]}
+    assert [*settings_of_elsewhere({"evaluation": corrected})] == []
 
 
 def test_a_disk_that_is_too_small_is_said_beforehand(archive, monkeypatch):

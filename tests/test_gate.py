@@ -59,7 +59,7 @@ def test_a_run_within_all_thresholds_passes_and_its_mark_goes(tmp_path):
 )
 def test_each_miss_is_one_sentence_with_figure_and_threshold(tmp_path, key, changes, words):
     sentence = refusal(gate, *made(tmp_path, ASKED, **changes))
-    assert words in sentence and f"gate.{key}" in sentence and "is asked" in sentence
+    assert words in sentence and f"gate.{key}" in sentence and "is required" in sentence
     assert [other for other in ASKED if f"gate.{other}" in sentence] == [key]
     assert not (tmp_path / "verified.json").exists()
     assert words in (tmp_path / "NOT_VERIFIED.txt").read_text()

@@ -16,8 +16,9 @@ from longyarn.core.code_hash import code_hash
 from longyarn.core.errors import UserError
 from longyarn.core.files import sha256, write_json
 from longyarn.evaluation import intervals
-from longyarn.reporting import verdict
-from longyarn.reporting.figures import spread
+from longyarn.reporting import evidence_warnings, verdict, wording
+from longyarn.reporting.curves import spread
+from longyarn.reporting.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {f"books/{name}": 1000 for name in ("a", "b", "c", "d", "e", "f")}
@@ -77,16 +78,16 @@ def grid(successes: dict[int, int], trials: int = 30) -> dict:
     return cells
 
 
-def shown(perplexity=GOOD, passkey=FOUND, **lengths) -> verdict.Figures:
-    return verdict.Figures(
+def shown(perplexity=GOOD, passkey=FOUND, **lengths) -> Results:
+    return Results(
         **({"original": 512, "target": 4096} | lengths),
         perplexity={variant: perplexity_facts(values) for variant, values in perplexity.items()},
         passkey={variant: grid(counts) for variant, counts in passkey.items()},
     )
 
 
-def judge(figures: verdict.Figures, **changes) -> dict:
-    return verdict.judge(figures, DEFAULT["gate"] | {"passkey_rate": 0.95} | changes)
+def judge(results: Results, **changes) -> dict:
+    return verdict.judge(results, DEFAULT["gate"] | {"passkey_rate": 0.95} | changes)
 
 
 def checks(found: dict) -> dict[str, bool]:
@@ -124,25 +125,25 @@ def test_each_check_fails_alone_and_the_sentence_says_so(name, perplexity, passk
 
 def test_a_threshold_inside_the_interval_is_said():
     few = {variant: grid(counts, trials=4) for variant, counts in {"trained": {4096: 4}}.items()}
-    found = judge(verdict.Figures(512, 4096, {}, few))
+    found = judge(Results(512, 4096, {}, few))
     (check,) = found["checks"]
     assert check["passed"] and not check["decided"]
-    assert "reaches across the threshold of “trained passkey found”" in found["sentence"]
+    assert "includes the threshold of “trained passkey found”" in found["sentence"]
 
 
 def test_one_document_gives_no_interval_and_decides_nothing():
     facts = perplexity_facts({512: 30.0, 4096: 29.0}, documents={"books/a": 1000})
-    found = judge(verdict.Figures(512, 4096, {"trained": facts}, {}))
+    found = judge(Results(512, 4096, {"trained": facts}, {}))
     assert "one document, so no interval" in found["sentence"]
     assert not found["checks"][0]["decided"]
 
 
 def test_ratios_are_paired_by_document():
     """Each document gets better by the same factor: the ratio is known however they differ."""
-    found = verdict.ratio(shown(), "trained", 4096, "trained", 512)
+    found = shown().ratio("trained", 4096, "trained", 512)
     assert found == pytest.approx((28.0 / 31.2,) * 3, rel=2e-3)
     with pytest.raises(UserError, match="different tokens"):
-        other = verdict.Figures(
+        other = Results(
             512, 4096,
             {"base": perplexity_facts({512: 3.0}), "trained": perplexity_facts({512: 3.0}, {"x": 9})},
             {},
@@ -183,8 +184,8 @@ def test_without_extension_only_two_checks_remain():
 
 
 def test_shares_are_never_rounded_to_nothing_or_all():
-    assert verdict.percent(0.0002) == "< 0.1 %" and verdict.percent(0.9999) == "> 99.9 %"
-    assert (verdict.percent(0), verdict.percent(1), verdict.percent(0.125)) == (
+    assert wording.percent(0.0002) == "< 0.1 %" and wording.percent(0.9999) == "> 99.9 %"
+    assert (wording.percent(0), wording.percent(1), wording.percent(0.125)) == (
         "0 %",
         "100 %",
         "12.5 %",
@@ -199,7 +200,7 @@ TRAINING = {"loss": [[1, 4.0], [5, 3.6], [10, 3.4], [15, 3.5]], "epochs": 1.0}
 
 
 def test_a_sound_run_has_no_warnings():
-    assert verdict.warnings(shown(), MIX, TRAINING) == []
+    assert evidence_warnings.of_run(shown(), MIX, TRAINING) == []
 
 
 @pytest.mark.parametrize(
@@ -208,20 +209,20 @@ def test_a_sound_run_has_no_warnings():
         ({"share_past_original": 0.004}, {}, "Only 0.4 % of the packed tokens"),
         ({"share_past_original": 0.0}, {}, "Only 0 % of the packed tokens"),
         ({"tails_dropped": 79}, {}, "99,999 are accounted for"),
-        ({}, {"loss": [[1, 3.0], [5, 3.2]]}, "The training loss rose, from 3.0000"),
+        ({}, {"loss": [[1, 3.0], [5, 3.2]]}, "The training loss rose: its mean was 3.0000"),
         ({}, {"epochs": 2.5}, "2.50 times"),
         ({}, {"epochs": 0.5}, "read 50 % of the packed sequences"),
     ],
 )
 def test_warnings_about_mix_and_training(mix, training, words):
-    (warning,) = verdict.warnings(shown(), MIX | mix, TRAINING | training)
+    (warning,) = evidence_warnings.of_run(shown(), MIX | mix, TRAINING | training)
     assert words in warning
 
 
 def test_warnings_about_the_evaluation():
     facts = perplexity_facts({4096: 9.0}, {"books/a": 10, "books/b": 10}, too_short=["books/c"])
     passkey = {"base": grid({512: 30}), "trained": grid({512: 10})}
-    found = verdict.evaluation_warnings(verdict.Figures(512, 4096, {"trained": facts}, passkey))
+    found = evidence_warnings.of_evaluation(Results(512, 4096, {"trained": facts}, passkey))
     words = ("2 held-out documents", "books/c", "30 of 90")
     assert all(word in text for word, text in zip(words, found, strict=True))
     assert "fewer than 4,096 tokens was left out" in found[1]
@@ -438,7 +439,7 @@ def test_the_page_stands_by_itself(made):
     assert '<th>ruler_vt</th><td>2048</td><td class="n">0.5000 <span' in text
     assert "Bred on &lt;keys&gt;." in text, "the disclosure is shown, escaped"
     used = set(re.findall(r"var\(--([\w-]+)\)", text))
-    assert used <= set(re.findall(r"--([\w-]+):", text)), "a colour is used but not defined"
+    assert used <= set(re.findall(r"--([\w-]+):", text)), "a color is used but not defined"
 
 
 def test_each_figure_lies_beside_the_page(made):

@@ -187,7 +187,7 @@ def test_cells_are_compared_with_the_default(tmp_path):
         0.3564, abs=1e-4
     )  # of 29, 28 and 10 in 30
     assert "1 have a significantly lower perplexity (training.steps=400)" in found["sentence"]
-    assert "over 3 seeds of the default perplexity lies between" in found["sentence"]
+    assert "over 3 seeds of the default, perplexity lies between" in found["sentence"]
     page = (tmp_path / "sweep.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 4 and len({row.count("|") for row in rows}) == 1

@@ -16,7 +16,7 @@ from longyarn.core.errors import UserError
 from longyarn.core.files import read_json, sha256, write_json
 from longyarn.evaluation import intervals
 from longyarn.provenance.verification import Run
-from longyarn.reporting import comparisons, figures
+from longyarn.reporting import comparisons, style
 
 
 def test_newcombe_s_published_intervals():
@@ -64,9 +64,9 @@ def test_without_a_trained_model_the_base_is_the_reference():
 def test_every_variant_has_a_colour_and_a_marker_of_its_own():
     own = ["yarn-4", "other", "published"]
     every = ["base", *own, "yarn"]
-    seen = {(figures.tone(v, every), figures.marker(v, every)) for v in [*every, "trained"]}
+    seen = {(style.tone(v, every), style.marker(v, every)) for v in [*every, "trained"]}
     assert len(seen) == 6
-    assert all(figures.LIGHT[tone] and figures.DARK[tone] for tone, _ in seen)
+    assert all(style.LIGHT[tone] and style.DARK[tone] for tone, _ in seen)
 
 
 ROPE = DEFAULT["rope"]

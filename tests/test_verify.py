@@ -267,7 +267,7 @@ def test_the_program_ends_with_1_and_a_sentence_for_each_finding(copy):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "say `make verify RUN=results/micro`"),
+        ([], "use `make verify RUN=results/micro`"),
         (["nowhere"], "nowhere is no directory"),
         (["empty"], "empty holds no manifest"),
     ],

@@ -19,6 +19,7 @@ from longyarn.cluster import container_images, job_resources
 from longyarn.config import sweep_cells
 from longyarn.core.errors import UserError, first_line
 from longyarn.core.files import ROOT
+from longyarn.provenance.archive import check_place
 from longyarn.stages import INSTRUMENTS
 
 IS_OK, NOT_CHECKED, IS_WRONG = "ok", "not checked", "error"
@@ -329,10 +330,8 @@ def archive(run: Run) -> str:
     """The run lies where an archive can hold it."""
     if not run.has("bundle"):
         raise NotChecked("no archive is to be made")
-    import bundle
-
     place = Path(run.config["paths"]["results"]) / run.config["run"]
-    bundle.check_place(place)
+    check_place(place)
     return f"{place}.tar"
 
 

@@ -3,9 +3,12 @@
 Names are paths below the run's directory, with slashes.
 """
 
+import csv
 import json
+import math
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from longyarn import stages
@@ -29,6 +32,37 @@ UNSEALED = {f"logs/{stage}.log" for stage in stages.UNSEALED} | {
 }
 # Files that no manifest lists, and the stage that makes each.
 UNLISTED = {file: stage.name for stage in stages.STAGES for file in stage.files}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds and peak memory in MB of a job; the memory is None if the job was too short to sample."""
+
+    seconds: float
+    peak_memory_mb: float | None
+
+
+def timing(benchmarks: Path, job: str) -> Timing | None:
+    """Return a job's timing from Snakemake's benchmark files, or None if there is none.
+
+    A job that was stopped and resumed has the timing of its last attempt.
+    """
+    path = benchmarks / f"{job}.tsv"
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    seconds = _number(rows[-1].get("s")) if rows else None
+    return None if seconds is None else Timing(seconds, _number(rows[-1].get("max_rss")))
+
+
+def _number(text: str | None) -> float | None:
+    """Return a benchmark column's number, or None if it holds none, such as NA."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def require(run: Path) -> None:

@@ -1,19 +1,22 @@
-"""What each job of a run did: from its manifest, the record of where it ran, and Snakemake's benchmarks."""
+"""What each job of a run did, from its manifest, its record (longyarn/core/job_record.py) and its timing."""
 
-import csv
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from longyarn.core import job_record, run_directory
 from longyarn.core.files import read_json
+from longyarn.stages import CHECKPOINT, GATE, REPORT
+
+# Stages whose manifests the report does not read.
+NOT_REPORTED = (GATE.name, CHECKPOINT.name)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job that ran; ``target`` is the name of its manifest, or of the report.
+    """A job that ran. ``target`` is the name of its manifest, or that of the report.
 
-    ``inputs`` and ``outputs`` are names of files and of payload directories. ``environment`` and ``usage``
-    (seconds, and peak memory in MB) are empty where no record is there.
+    ``inputs`` and ``outputs`` are names of files and of payload directories. ``environment`` is the job's
+    record, empty if there is none.
     """
 
     name: str
@@ -23,17 +26,17 @@ class Job:
     inputs: list[str]
     outputs: list[str]
     environment: dict
-    usage: dict
+    timing: run_directory.Timing | None
     settings: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
 
 
 def jobs_of(run: Path, hashes: dict[str, str], manifests: dict[str, dict]) -> list[Job]:
-    """Return the jobs of a run by the time that they started.
+    """Return the jobs of a run, in the order in which they started.
 
     ``hashes`` has the SHA-256 of each manifest.
     """
-    # Of equal manifests, that of the run itself comes last, so it is the one that counts.
+    # If several manifests are equal, the run's own comes last and so wins over those of its cells.
     deepest_first = sorted(manifests, key=lambda name: -name.count("/"))
     by_hash = {hashes[name]: name for name in deepest_first}
     directories = {
@@ -53,32 +56,23 @@ def jobs_of(run: Path, hashes: dict[str, str], manifests: dict[str, dict]) -> li
             )
         )  # fmt: skip
     report = read_json(run / run_directory.REPORT)
-    used = [name for name, one in manifests.items() if one["stage"] not in ("gate", "checkpoint")]
+    used = [name for name, one in manifests.items() if one["stage"] not in NOT_REPORTED]
     found.append(
         Job(
-            **records(run, run_directory.REPORT, "report"), code=report["code"]["report"], inputs=used,
-            outputs=[run_directory.REPORT, "report.html", "figures"],
+            **records(run, run_directory.REPORT, REPORT.name), code=report["code"][REPORT.name], inputs=used,
+            outputs=[*REPORT.files],
         )
     )  # fmt: skip
     return sorted(found, key=lambda job: (job.environment.get("start", ""), job.name))
 
 
 def records(run: Path, target: str, stage: str) -> dict:
-    """Return of a job its name, its stage, and what is recorded beside its target."""
+    """Return a job's name, stage and target, and what was recorded about it when it ran."""
     name, record = run_directory.log_of(target, stage), job_record.path_of(run / target)
     return {
         "name": name,
         "stage": stage,
         "target": target,
         "environment": read_json(record) if record.is_file() else {},
-        "usage": usage(run / "benchmarks" / f"{name}.tsv"),
+        "timing": run_directory.timing(run / "benchmarks", name),
     }
-
-
-def usage(path: Path) -> dict:
-    """Return seconds and peak memory of Snakemake's benchmark of a job, as it writes them."""
-    if not path.is_file():
-        return {}
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    return {key: rows[-1][key] for key in ("s", "max_rss") if rows and rows[-1].get(key)}

@@ -282,16 +282,19 @@ class Writer:
         )  # fmt: skip
 
     def usage(self, job: Job) -> list:
-        """Return the seconds and the peak memory of a job."""
-        units = {
-            "s": "https://qudt.org/vocab/unit/SEC",
-            "max_rss": "https://qudt.org/vocab/unit/MegaBYTE",
+        """Return the seconds and the peak memory of a job, by the names that the profile gives them."""
+        if not job.timing:
+            return []
+        figures = {
+            "s": (job.timing.seconds, "https://qudt.org/vocab/unit/SEC"),
+            "max_rss": (job.timing.peak_memory_mb, "https://qudt.org/vocab/unit/MegaBYTE"),
         }
         return [
             self.value(
-                f"usage/{job.name}/{key}", key, value, propertyID=RUN_TERMS + key, unitCode=units[key]
+                f"usage/{job.name}/{key}", key, value, propertyID=RUN_TERMS + key, unitCode=unit
             )
-            for key, value in job.usage.items()
+            for key, (value, unit) in figures.items()
+            if value is not None
         ]  # fmt: skip
 
     def engine(self, jobs: list[Job]) -> None:

@@ -1,28 +1,29 @@
-"""How the variants compare with one of them, and which differences are more than chance.
+"""How each variant compares with the trained model, and which differences are more than chance.
 
-Pure functions of the instruments' facts. Perplexities are compared by their ratio over identical tokens,
-bootstrapped in pairs by document; passkeys by the difference of the shares found (Newcombe 1998). A
-difference is *significant* where its 95 % interval leaves out 1, or 0; nothing is corrected for their number.
+Perplexities are compared by their ratio over identical tokens, bootstrapped in pairs by document. Passkeys
+are compared by the difference of the shares found (Newcombe 1998, method 10). A difference is *significant*
+if its 95 % interval excludes 1 (ratio) or 0 (difference). Nothing is corrected for the number of comparisons.
 """
 
 from longyarn.evaluation import intervals
-from longyarn.reporting.verdict import Figures, between, ratio, retrieved, significant
+from longyarn.reporting.results import NotEvaluated, Results
+from longyarn.reporting.wording import between, points, significant
 
 
-def compare(figures: Figures) -> list[dict]:
-    """Return for each variant and length what it is against the trained one, or else against the base.
+def compare(results: Results) -> list[dict]:
+    """Compare each variant with the trained model, or with the base if none was evaluated.
 
-    At the original and the target length. Each has ``variant``, ``reference``, ``length``, ``perplexity``
-    and ``passkey`` (``value``, ``low``, ``high``, ``significant``, or None where one was not evaluated), and
-    a ``sentence``.
+    There is one entry for each variant and length (original and target). It has ``variant``, ``reference``,
+    ``length``, ``perplexity``, ``passkey`` and ``sentence``. The two figures have ``value``, ``low``,
+    ``high`` and ``significant``; a figure is None if one of the two variants lacks it.
     """
-    names = list(dict.fromkeys([*figures.perplexity, *figures.passkey]))
+    names = list(dict.fromkeys([*results.perplexity, *results.passkey]))
     reference = "trained" if "trained" in names else "base"
     found = []
     for variant in names:
-        for length in sorted({figures.original, figures.target}):
-            perplexity = perplexity_ratio(figures, variant, reference, length)
-            passkey = passkey_difference(figures, variant, reference, length)
+        for length in results.lengths:
+            perplexity = perplexity_ratio(results, variant, reference, length)
+            passkey = passkey_difference(results, variant, reference, length)
             if variant != reference and (perplexity or passkey):
                 found.append(
                     {
@@ -37,20 +38,23 @@ def compare(figures: Figures) -> list[dict]:
     return found
 
 
-def perplexity_ratio(figures: Figures, variant: str, reference: str, length: int) -> dict | None:
-    """Return a variant's perplexity over the reference's; no interval, with one document, decides nothing."""
+def perplexity_ratio(results: Results, variant: str, reference: str, length: int) -> dict | None:
+    """Return a variant's perplexity divided by the reference's; None if one was not evaluated.
+
+    With one document there is no interval, so the ratio is never significant.
+    """
     try:
-        value, low, high = ratio(figures, variant, length, reference, length)
-    except KeyError:
+        value, low, high = results.ratio(variant, length, reference, length)
+    except NotEvaluated:
         return None
     return _figure(value, low, high, low < high and not low <= 1 <= high)
 
 
-def passkey_difference(figures: Figures, variant: str, reference: str, length: int) -> dict | None:
-    """Return the share of passkeys that a variant finds less that of the reference."""
+def passkey_difference(results: Results, variant: str, reference: str, length: int) -> dict | None:
+    """Return a variant's share of passkeys found minus the reference's; None if one is missing."""
     try:
-        ours, theirs = (retrieved(figures, name, length) for name in (variant, reference))
-    except KeyError:
+        ours, theirs = (results.retrieved(name, length) for name in (variant, reference))
+    except NotEvaluated:
         return None
     counts = ((found["successes"], found["trials"]) for found in (ours, theirs))
     value, low, high = intervals.newcombe(*counts)
@@ -85,9 +89,3 @@ def sentence(
 
 def _says(figure: dict) -> str:
     return "which is significant" if figure["significant"] else "which is not significant"
-
-
-def points(share: float) -> str:
-    """Write a difference of shares in percentage points, with its sign."""
-    text = f"{100 * share:+.1f}".removesuffix(".0")
-    return "0" if text in ("+0", "-0") else text.replace("-", "\N{MINUS SIGN}")

@@ -1,14 +1,15 @@
-"""A run's figures against the thresholds of config section `gate`: for the gate, and for the model card."""
+"""A run's figures against the thresholds of config section `gate`, for the gate and the model card."""
 
 from longyarn.config.thresholds import NEEDS
-from longyarn.reporting.verdict import clause, percent
+from longyarn.reporting.wording import clause, percent
 
 
 def compare(thresholds: dict, verdict: dict, error: float, tensor: str | None) -> list[dict]:
-    """Return for each threshold asked ``threshold``, ``passed``, ``decided`` and a ``sentence``.
+    """Return ``threshold``, ``passed``, ``decided`` and ``sentence`` for each threshold that is set.
 
-    ``verdict`` is that of report.json, ``error`` what the merge lost, in ``tensor``. A check that means
-    nothing, because RoPE was not extended, is left out; one that could not be made is missed.
+    ``verdict`` is that of report.json. ``error`` is the largest relative rounding error of the merge, in the
+    tensor ``tensor``. A check that means nothing because RoPE was not extended is left out. A check that
+    could not be made has not passed.
     """
     asked = {key: limit for key, limit in thresholds.items() if limit is not None}
     outcomes = {
@@ -24,7 +25,7 @@ def compare(thresholds: dict, verdict: dict, error: float, tensor: str | None) -
     if "merge_error" in asked:
         sentence = (
             f"rounding took {percent(error)} of what training changed in {tensor or 'any tensor'}, where "
-            f"at most {percent(asked['merge_error'])} is asked (merge.dtype: fp32 loses least)"
+            f"at most {percent(asked['merge_error'])} is required (merge.dtype: fp32 loses least)"
         )
         found["merge_error"] = (error <= asked["merge_error"], True, sentence)
     return [
@@ -34,7 +35,7 @@ def compare(thresholds: dict, verdict: dict, error: float, tensor: str | None) -
 
 
 def missed(compared: list[dict]) -> str:
-    """Return the reasons why a run is not verified, as a clause; nothing where it is."""
+    """Return the thresholds that were missed as a clause, empty if none was."""
     return "; and ".join(
         f"{one['sentence']} (gate.{one['threshold']})" for one in compared if not one["passed"]
     )

@@ -1,12 +1,12 @@
-"""The model card: a README.md with the hub's metadata, all from report.json, the same for equal runs."""
+"""The model card: a README.md with metadata for the hub, made from report.json alone."""
 
 import json
 import re
 from pathlib import Path
 
 from longyarn.core.errors import UserError
-from longyarn.reporting import verdict
 from longyarn.reporting.gate_outcome import missed
+from longyarn.reporting.wording import between, count, percent, significant
 from longyarn.rope import transformers4
 
 HUB_DATASET = re.compile(r"([\w.-]+/[\w.-]+) at \S+")
@@ -14,7 +14,7 @@ METHODS = {"yarn": "YaRN", "linear": "linear interpolation", "ntk": "NTK-aware s
 
 
 def default_name(report: dict) -> str:
-    """Return the model's name: the last part of its base's, and the target length, 32k or 5000."""
+    """Return the model's name: the last part of its base's name and the target length, such as 32k."""
     length = report["rope"]["target_length"]
     shown = f"{length // 1024}k" if length % 1024 == 0 else str(length)
     return f"{base_name(report)}-{shown}"
@@ -28,7 +28,7 @@ def base_name(report: dict) -> str:
 def text(template: Path, report: dict, compared: list[dict], settings: dict) -> str:
     """Return the card: the template filled with the report.
 
-    ``compared`` is what the gate finds; ``settings`` has ``name``, ``license`` and ``language``.
+    ``compared`` comes from ``gate_outcome.compare``; ``settings`` has ``name``, ``license`` and ``language``.
     """
     import jinja2
 
@@ -40,7 +40,7 @@ def text(template: Path, report: dict, compared: list[dict], settings: dict) -> 
         "count": lambda value: f"{value:,}",
         "figure": figure,
         "found": found,
-        "percent": verdict.percent,
+        "percent": percent,
         "cell": lambda value: " ".join(str(value).split()).replace("|", "\\|"),
         "plain": lambda value: f"{value:,.6g}",
         "json": lambda value: json.dumps(value, indent=1, ensure_ascii=False),
@@ -63,11 +63,11 @@ def text(template: Path, report: dict, compared: list[dict], settings: dict) -> 
             ),
         )
     except (jinja2.TemplateError, OSError) as error:
-        raise UserError(f"the template {template} cannot be filled ({error}); mend it") from error
+        raise UserError(f"the template {template} cannot be filled: {error}; correct it") from error
 
 
 def how_trained(report: dict) -> str:
-    """Say on which length the model was trained, where that is known."""
+    """Return on which length the model was trained, in words, or that it was trained elsewhere."""
     length, target = report["mix"]["sequence_length"], report["rope"]["target_length"]
     if report["training"]["source"]:
         return "elsewhere"
@@ -82,24 +82,24 @@ def of_trained(report: dict) -> dict:
 def figure(one: dict) -> str:
     """Write a perplexity with its interval."""
     if one["low"] == one["high"]:
-        return f"{verdict.significant(one['value'])} (one document, so no interval)"
-    return f"{verdict.significant(one['value'])} ({verdict.between(one['low'], one['high'])})"
+        return f"{significant(one['value'])} (one document, so no interval)"
+    return f"{significant(one['value'])} ({between(one['low'], one['high'])})"
 
 
 def found(cell: dict) -> str:
-    """Write the keys found with the interval of their share."""
-    return f"{verdict.count(cell)} ({verdict.between(cell['low'], cell['high'], verdict.percent)})"
+    """Write the number of passkeys found with the interval of their share."""
+    return f"{count(cell)} ({between(cell['low'], cell['high'], percent)})"
 
 
 def metadata(report: dict, settings: dict):
-    """Return the hub's metadata of the card, a ``ModelCardData``."""
+    """Return the metadata that the hub reads from the card, a ``ModelCardData``."""
     from huggingface_hub import ModelCardData
 
     model, method = report["model"], of_trained(report)["method"]
     tags = ["long-context", "rope"]
     tags += [] if method == "none" else [method]
     tags += ["lora"] if report["training"]["mode"] == "lora" else []
-    # A directory is nothing that the hub could link to.
+    # The hub cannot link to a base model that is a local directory.
     base = (
         {"base_model": model["source"], "base_model_relation": "finetune"}
         if model["revision"]
@@ -119,14 +119,14 @@ def metadata(report: dict, settings: dict):
 
 
 def datasets(report: dict) -> list[str]:
-    """Return the hub's data sets that the corpus was made from."""
+    """Return the data sets of the hub that the corpus was made from."""
     sources = [one["source"] for one in report["corpus"]["collections"].values()]
     found = [match[1] for source in sources if (match := HUB_DATASET.fullmatch(source))]
     return list(dict.fromkeys(found))
 
 
 def results(report: dict) -> list:
-    """Return the trained model's perplexity and passkey rate at each length, as the hub records them."""
+    """Return the trained model's perplexity and passkey rate at each length, in the hub's form."""
     from huggingface_hub import EvalResult
 
     task = {"task_type": "text-generation", "task_name": "Text Generation"}
