@@ -1,8 +1,14 @@
-"""Hand a run over to Axolotl: the patched model, the packed sequences and the same settings.
+"""Export a run to Axolotl: the patched model, the packed sequences and the same settings.
 
-Where documents are masked, a row is a document's piece, and Axolotl's own packing, in order, makes the
-packed sequences again: each fills one to the token, so the next piece begins the next. It drops rows
-without a label, so what is not scored goes to the end of a scored piece, where no label sees it.
+    python scripts/export_axolotl.py --settings '{"mode": "lora", …}' \
+        --base results/micro/base.json --rope results/micro/rope/yarn.json \
+        --pack results/micro/pack.json --manifest results/micro/axolotl.json \
+        --output results/micro/axolotl
+
+With document masks, a row of the data set is one piece of a document. Axolotl packs the rows in order, and
+because the pieces of a sequence fill it to the token, it makes the run's packed sequences again. It drops
+rows without a label, so tokens that are not scored move to the end of a scored piece, where no label sees
+them.
 """
 
 import argparse
@@ -11,67 +17,52 @@ from pathlib import Path
 
 from longyarn.config import derived
 from longyarn.core.errors import program
-from longyarn.training import frameworks
+from longyarn.data.packed_dataset import IGNORED
+from longyarn.training import frameworks, identity
+from longyarn.training.inputs import Inputs
 
 NAME = "Axolotl"
-VERSION = "0.19.0"  # whose source this follows
+VERSION = "0.19.0"  # the version whose source this follows
 COLUMNS = ("input_ids", "attention_mask", "labels")
-# Where it says what our section `training` says; none: it cannot.
-THEIRS = {
-    "mode": "adapter", "steps": "max_steps", "epochs": "num_epochs",
-    "learning_rate": "learning_rate", "scheduler": "lr_scheduler",
-    "warmup_steps": "warmup_steps", "weight_decay": "weight_decay", "adam_beta2": "adam_beta2",
-    "max_grad_norm": "max_grad_norm", "batch_size": "gradient_accumulation_steps",
-    "micro_batch_size": "micro_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_checkpointing": "gradient_checkpointing",
-    "activation_offload": "activation_offloading",
-    "loss": "liger_fused_linear_cross_entropy", "precision": "bf16, fp16",
-    "attention": "attn_implementation", "nodes": "--nnodes", "gpus": "--nproc-per-node",
-    "zero_stage": "deepspeed", "offload": "deepspeed", "overlap_communication": "deepspeed",
-    "sp_size": "context_parallel_size", "threads": None, "seed": "seed",
-    "logging_steps": "logging_steps", "save_steps": "save_steps", "save_minutes": None,
-    "save_total_limit": "save_total_limit", "held_out_steps": None, "early_stopping": None,
-    "report_to": "use_tensorboard, wandb_project", "lora.rank": "lora_r", "lora.alpha": "lora_alpha",
-    "lora.dropout": "lora_dropout", "lora.rslora": "peft_use_rslora",
-    "lora.targets": "lora_target_modules", "lora.train_embeddings": "lora_modules_to_save",
-    "lora.train_norms": "lora_modules_to_save", "lora.train_output_head": "lora_modules_to_save",
-}  # fmt: skip
-# What it has not, with the value at which that says nothing.
+# Settings that it does not have, each with the value that means "not used".
 LACKING = {"save_minutes": None, "held_out_steps": None, "early_stopping": None}
 HEAD = [
-    f"Written by Longyarn for {NAME} {VERSION}; README.md beside it says how to start it.",
-    "No rope_parameters: model/config.json has the new RoPE already.",
+    f"Written by Longyarn for {NAME} {VERSION}. README.md says how to start the training.",
+    "No rope_parameters here: model/config.json already has the new RoPE.",
 ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    frameworks.add_arguments(parser)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    identity.add_arguments(parser)
     arguments = parser.parse_args()
-    run = frameworks.Run.of(arguments)
-    frameworks.write(
-        arguments,
-        Path(__file__),
-        run,
-        name=NAME,
+    inputs = Inputs.read(arguments)
+    values, notes = settings(inputs, frameworks.results_directory(arguments.output))
+    export = frameworks.Export(
+        framework=NAME,
         head=HEAD,
-        settings=settings(run, frameworks.results(arguments)),
-        dataset=(COLUMNS, examples(run), None),
-        training=run.training,
-        command=start(run.training),
+        settings=values,
+        notes=notes,
+        columns=COLUMNS,
+        rows=examples(inputs),
+        total=None,
+        deepspeed=inputs.settings,
+        command=command(inputs.settings),
     )
+    frameworks.write(arguments, Path(__file__), inputs, export)
 
 
-def examples(run: frameworks.Run) -> Iterator[dict]:
-    """Yield rows: the pieces that are scored where documents are masked, else whole sequences."""
+def examples(inputs: Inputs) -> Iterator[dict]:
+    """Yield the rows: with document masks the scored pieces, without them whole sequences."""
     import numpy as np
 
-    for row in range(len(run.data)):
-        item = run.data[row]
+    for row in range(len(inputs.data)):
+        item = inputs.data[row]
         ids, labels = item["input_ids"].numpy(), item["labels"].numpy()
-        places = [place for place, _ in run.pieces(row)] if run.masks else [slice(None)]
-        scored = [place for place in places if (labels[place] != frameworks.IGNORED).any()]
+        places = [slice(None)]
+        if inputs.document_masks:
+            places = [place for place, _ in frameworks.pieces(inputs.data, row)]
+        scored = [place for place in places if (labels[place] != IGNORED).any()]
         others = [place for place in places if place not in scored]
         groups = [[place] for place in scored or others[:1]]
         groups[-1] += others if scored else others[1:]
@@ -83,7 +74,7 @@ def examples(run: frameworks.Run) -> Iterator[dict]:
             }
 
 
-def start(training: dict) -> str:
+def command(training: dict) -> str:
     """Return the command that trains."""
     if not training["gpus"]:
         return "axolotl train train.yaml"
@@ -95,38 +86,43 @@ def start(training: dict) -> str:
     return f"axolotl train train.yaml --launcher torchrun -- {processes}"
 
 
-def settings(run: frameworks.Run, place: str) -> tuple[dict, list[str]]:
-    """Return its settings for the same training, and a note for each thing that they do not say.
+def settings(inputs: Inputs, results: str) -> tuple[dict, list[str]]:
+    """Return Axolotl's settings for the same training, and notes on what they cannot express.
 
-    ``place``: the directory of what it makes.
+    ``results``: the directory that it writes to.
     """
-    training, notes = run.training, frameworks.unsaid(run.training, LACKING)
-    notes += frameworks.today_alone(run)
+    training = inputs.settings
     values = {
         "base_model": "./model",
-        "trust_remote_code": run.base["trust_remote_code"],
-        # Tokenised already, so without a type.
+        "trust_remote_code": inputs.base["trust_remote_code"],
+        # No type, because the data set is tokenized already.
         "datasets": [{"path": "./dataset", "split": "train", "type": None}],
-        "dataset_prepared_path": f"{place}/prepared",
+        "dataset_prepared_path": f"{results}/prepared",
         "val_set_size": 0.0,
-        "sequence_len": run.length,
-        "sample_packing": run.masks,
-        "sample_packing_sequentially": run.masks,
+        "sequence_len": inputs.length,
+        "sample_packing": inputs.document_masks,
+        "sample_packing_sequentially": inputs.document_masks,
         "pad_to_sequence_len": True,
         "shuffle_merged_datasets": False,
-        "curriculum_sampling": True,  # one after the other
-        "output_dir": f"{place}/trained",
+        "curriculum_sampling": True,  # in order
+        "output_dir": f"{results}/trained",
     }
     if training["mode"] == "lora":
-        values |= adapter(run)
+        values |= adapter(inputs)
     values |= {
         "micro_batch_size": training["micro_batch_size"],
         "gradient_accumulation_steps": derived.accumulation(training),
-        "num_epochs": run.epochs,
+        "num_epochs": frameworks.epochs(inputs),
     }
     if training["steps"] is not None:
         values["max_steps"] = training["steps"]
-    values |= {
+    values |= of_the_trainer(training) | where_used(training)
+    return values, frameworks.needs_transformers5(inputs) + differences(training)
+
+
+def of_the_trainer(training: dict) -> dict:
+    """Return the settings for the optimizer, precision, logs and checkpoints."""
+    return {
         "learning_rate": training["learning_rate"],
         "lr_scheduler": training["scheduler"],
         "warmup_steps": training["warmup_steps"],
@@ -144,6 +140,11 @@ def settings(run: frameworks.Run, place: str) -> tuple[dict, list[str]]:
         "save_steps": training["save_steps"],
         "save_total_limit": training["save_total_limit"],
     }
+
+
+def where_used(training: dict) -> dict:
+    """Return the settings that Axolotl's file has only where they are used."""
+    values = {}
     if training["gradient_checkpointing"]:
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
         values["activation_offloading"] = training["activation_offload"]
@@ -156,34 +157,33 @@ def settings(run: frameworks.Run, place: str) -> tuple[dict, list[str]]:
         values["wandb_project"] = "longyarn"
     if training["gpus"]:
         values["deepspeed"] = "deepspeed.json"
-    notes += differences(training)
     if training["sp_size"] > 1:
         values["context_parallel_size"] = training["sp_size"]
-    return values, notes
+    return values
 
 
 def differences(training: dict) -> list[str]:
-    """Return a note for each thing that it does in another way."""
-    found = []
+    """Return a note for each setting that it cannot express or applies in another way."""
+    notes = frameworks.not_expressed(training, LACKING)
     if not training["gpus"]:
-        found.append(f"training.gpus 0 cannot be expressed: {NAME} trains on GPUs")
+        notes.append(f"training.gpus 0 cannot be expressed: {NAME} trains on GPUs")
     if training["sp_size"] > 1:
-        found.append(
+        notes.append(
             "training.sp_size shares sequences by ring attention there, not by DeepSpeed Ulysses"
         )
     if training["loss"] == "chunked":
-        found.append(
-            "training.loss chunked cannot be expressed, so all logits of a sequence are held; "
-            "training.loss liger saves that memory"
+        notes.append(
+            "training.loss chunked cannot be expressed, so all logits of a sequence are in memory at "
+            "once; training.loss liger avoids that"
         )
-    return found
+    return notes
 
 
-def adapter(run: frameworks.Run) -> dict:
-    """Return its settings for the same adapter."""
-    lora = run.training["lora"]
-    targets, whole, tied = frameworks.modules(run)
-    found = {
+def adapter(inputs: Inputs) -> dict:
+    """Return the settings for the same adapter."""
+    lora = inputs.settings["lora"]
+    targets, whole, tied = frameworks.trained_modules(inputs)
+    values = {
         "adapter": "lora",
         "lora_r": lora["rank"],
         "lora_alpha": lora["alpha"],
@@ -192,10 +192,10 @@ def adapter(run: frameworks.Run) -> dict:
         "lora_target_modules": targets,
     }
     if whole:
-        found["lora_modules_to_save"] = whole
+        values["lora_modules_to_save"] = whole
     if tied:
-        found["peft_ensure_weight_tying"] = True
-    return found
+        values["peft_ensure_weight_tying"] = True
+    return values
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""Hand a run over to LLaMA-Factory: the patched model, the packed sequences and the same settings.
+"""Export a run to LLaMA-Factory: the patched model, the packed sequences and the same settings.
 
-It trains as its stage `sft`, because its pre-training makes the labels by itself and lets documents see
-one another. Its packing without cross-attention (`neat_packing`) takes each document's number as the
-attention mask, 0 for padding, and positions that restart.
+    python scripts/export_llamafactory.py --settings '{"mode": "lora", …}' \
+        --base results/micro/base.json --rope results/micro/rope/yarn.json \
+        --pack results/micro/pack.json --manifest results/micro/llamafactory.json \
+        --output results/micro/llamafactory
+
+The exported run trains as LLaMA-Factory's stage `sft`, because its stage `pt` makes the labels itself and
+masks no documents. With `neat_packing` it takes each document's number as the attention mask, 0 for
+padding, and positions that restart.
 """
 
 import argparse
@@ -11,139 +16,136 @@ from pathlib import Path
 
 from longyarn.config import derived
 from longyarn.core.errors import UserError, program
-from longyarn.training import frameworks
+from longyarn.data.packed_dataset import IGNORED
+from longyarn.training import frameworks, identity
+from longyarn.training.inputs import Inputs
 
 NAME = "LLaMA-Factory"
-VERSION = "0.9.5"  # whose source this follows
-MULTIPLE = 8  # its collator pads to this, but not the positions
-# Where it says what our section `training` says; none: it cannot.
-THEIRS = {
-    "mode": "finetuning_type", "steps": "max_steps", "epochs": "num_train_epochs",
-    "learning_rate": "learning_rate", "scheduler": "lr_scheduler_type",
-    "warmup_steps": "warmup_steps", "weight_decay": "weight_decay", "adam_beta2": "adam_beta2",
-    "max_grad_norm": "max_grad_norm", "batch_size": "gradient_accumulation_steps",
-    "micro_batch_size": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_checkpointing": "disable_gradient_checkpointing", "activation_offload": None,
-    "loss": "enable_liger_kernel", "precision": "bf16, fp16", "attention": "flash_attn",
-    "nodes": "NNODES", "gpus": "NPROC_PER_NODE", "zero_stage": "deepspeed", "offload": "deepspeed",
-    "overlap_communication": "deepspeed", "sp_size": None, "threads": "OMP_NUM_THREADS",
-    "seed": "seed", "logging_steps": "logging_steps", "save_steps": "save_steps",
-    "save_minutes": None, "save_total_limit": "save_total_limit", "held_out_steps": None,
-    "early_stopping": None, "report_to": "report_to", "lora.rank": "lora_rank",
-    "lora.alpha": "lora_alpha", "lora.dropout": "lora_dropout", "lora.rslora": "use_rslora",
-    "lora.targets": "lora_target", "lora.train_embeddings": "additional_target",
-    "lora.train_norms": "additional_target", "lora.train_output_head": "additional_target",
-}  # fmt: skip
-# What it has not, with the value at which that says nothing.
+VERSION = "0.9.5"  # the version whose source this follows
+MULTIPLE = 8  # its collator pads to a multiple of this, except for the positions
+# Settings that it does not have, each with the value that means "not used".
 LACKING = {
     "activation_offload": False, "sp_size": 1, "save_minutes": None, "held_out_steps": None,
     "early_stopping": None,
 }  # fmt: skip
 ATTENTION = {"sdpa": "sdpa", "flash_attention_2": "fa2", "eager": "disabled"}
 HEAD = [
-    f"Written by Longyarn for {NAME} {VERSION}; README.md beside it says how to start it.",
-    "No rope_scaling: model/config.json has the new RoPE already.",
+    f"Written by Longyarn for {NAME} {VERSION}. README.md says how to start the training.",
+    "No rope_scaling here: model/config.json already has the new RoPE.",
 ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    frameworks.add_arguments(parser)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    identity.add_arguments(parser)
     arguments = parser.parse_args()
-    run = frameworks.Run.of(arguments)
-    frameworks.write(
-        arguments,
-        Path(__file__),
-        run,
-        name=NAME,
+    inputs = Inputs.read(arguments)
+    values, notes = settings(inputs, frameworks.results_directory(arguments.output))
+    export = frameworks.Export(
+        framework=NAME,
         head=HEAD,
-        settings=settings(run, frameworks.results(arguments)),
-        dataset=(columns(run), sequences(run), len(run.data)),
-        training=alone(run.training),
-        command=start(run.training),
+        settings=values,
+        notes=notes,
+        columns=columns(inputs),
+        rows=sequences(inputs),
+        total=len(inputs.data),
+        deepspeed=without_sharing(inputs.settings),
+        command=command(inputs.settings),
     )
+    frameworks.write(arguments, Path(__file__), inputs, export)
 
 
-def columns(run: frameworks.Run) -> list[str]:
-    """Return the columns of the dataset."""
-    return ["input_ids", "attention_mask", "labels"] + ["position_ids"] * run.masks
+def columns(inputs: Inputs) -> list[str]:
+    """Return the columns of the data set."""
+    return ["input_ids", "attention_mask", "labels"] + ["position_ids"] * inputs.document_masks
 
 
-def sequences(run: frameworks.Run) -> Iterator[dict]:
-    """Yield each packed sequence as the collator of its stage `sft` takes it."""
+def sequences(inputs: Inputs) -> Iterator[dict]:
+    """Yield each packed sequence as int32 arrays, in the form that the collator of stage `sft` takes."""
     import numpy as np
 
-    more = -run.length % MULTIPLE
-    for row in range(len(run.data)):
-        item = {key: value.numpy() for key, value in run.data[row].items()}
-        mask = np.zeros(run.length, dtype=np.int32)
-        for number, (place, padding) in enumerate(run.pieces(row), start=1):
-            mask[place] = 0 if padding else number if run.masks else 1
+    padding_after = -inputs.length % MULTIPLE
+    for row in range(len(inputs.data)):
+        item = {key: value.numpy() for key, value in inputs.data[row].items()}
+        mask = np.zeros(inputs.length, dtype=np.int32)
+        for number, (place, padding) in enumerate(frameworks.pieces(inputs.data, row), start=1):
+            mask[place] = 0 if padding else number if inputs.document_masks else 1
         item |= {"attention_mask": mask}
-        empty = {"labels": frameworks.IGNORED}
+        fill = {"labels": IGNORED}
         yield {
-            key: np.pad(item[key], (0, more), constant_values=empty.get(key, 0)).astype(np.int32)
-            for key in columns(run)
+            key: np.pad(item[key], (0, padding_after), constant_values=fill.get(key, 0)).astype(
+                np.int32
+            )
+            for key in columns(inputs)
         }
 
 
-def start(training: dict) -> str:
-    """Return the command that trains: DeepSpeed wants torchrun for one process too."""
-    command = "llamafactory-cli train train.yaml"
+def command(training: dict) -> str:
+    """Return the command that trains. DeepSpeed needs torchrun even for one process."""
+    train = "llamafactory-cli train train.yaml"
     if not training["gpus"]:
-        return f"OMP_NUM_THREADS={training['threads']} {command}"
+        return f"OMP_NUM_THREADS={training['threads']} {train}"
     nodes = ""
     if training["nodes"] > 1:
         nodes = f"NNODES={training['nodes']} NODE_RANK=… MASTER_ADDR=… MASTER_PORT=29500 "
-    return f"FORCE_TORCHRUN=1 {nodes}NPROC_PER_NODE={training['gpus']} {command}"
+    return f"FORCE_TORCHRUN=1 {nodes}NPROC_PER_NODE={training['gpus']} {train}"
 
 
-def alone(training: dict) -> dict:
-    """Return section `training` for processes that share no sequence, so that the batch stays the same."""
+def without_sharing(training: dict) -> dict:
+    """Return section `training` for processes that share no sequences, with the same batch size.
+
+    Raises ``UserError`` if the batch cannot be divided among them.
+    """
     sharing, count = training["sp_size"], derived.processes(training)
-    once = training["micro_batch_size"] * count
-    if sharing > 1 and training["batch_size"] % once:
+    at_once = training["micro_batch_size"] * count
+    if sharing > 1 and training["batch_size"] % at_once:
         raise UserError(
             f"training.sp_size {sharing} cannot be expressed, because {NAME} shares no sequences: {count} "
-            f"processes read at least {once} at a time, by which training.batch_size "
-            f"{training['batch_size']} cannot be divided; set it to a multiple"
+            f"processes read at least {at_once} sequences at once, which does not divide "
+            f"training.batch_size {training['batch_size']}; set a multiple of {at_once}"
         )
     return training | {"sp_size": 1, "gradient_accumulation_steps": None}
 
 
-def settings(run: frameworks.Run, place: str) -> tuple[dict, list[str]]:
-    """Return its arguments for the same training, and a note for each thing that they do not say.
+def settings(inputs: Inputs, results: str) -> tuple[dict, list[str]]:
+    """Return LLaMA-Factory's arguments for the same training, and notes on what they cannot express.
 
-    ``place``: the directory of what it makes.
+    ``results``: the directory that it writes to.
     """
-    training, notes = run.training, frameworks.unsaid(run.training, LACKING)
-    notes += frameworks.today_alone(run)
+    training = inputs.settings
     values = {
         "model_name_or_path": "model",
-        "trust_remote_code": run.base["trust_remote_code"],
+        "trust_remote_code": inputs.base["trust_remote_code"],
         "stage": "sft",
         "do_train": True,
         "template": "empty",
-        "dataset": "longyarn",  # asked for; what is read is the next
+        "dataset": "longyarn",  # required, but only tokenized_path is read
         "tokenized_path": "dataset",
-        "cutoff_len": run.length,
+        "cutoff_len": inputs.length,
         "packing": True,
-        "neat_packing": run.masks,
+        "neat_packing": inputs.document_masks,
         "disable_shuffling": True,
-        "output_dir": f"{place}/trained",
+        "output_dir": f"{results}/trained",
         "finetuning_type": training["mode"],
     }
+    notes = differences(training) + frameworks.needs_transformers5(inputs)
     if training["mode"] == "lora":
-        values |= adapter(run, notes)
+        adapter_values, adapter_notes = adapter(inputs)
+        values |= adapter_values
+        notes += adapter_notes
     values |= {
         "per_device_train_batch_size": training["micro_batch_size"],
-        "gradient_accumulation_steps": derived.accumulation(alone(training)),
-        "num_train_epochs": run.epochs,
+        "gradient_accumulation_steps": derived.accumulation(without_sharing(training)),
+        "num_train_epochs": frameworks.epochs(inputs),
     }
     if training["steps"] is not None:
         values["max_steps"] = training["steps"]
-    values |= {
+    return values | of_the_trainer(training), notes
+
+
+def of_the_trainer(training: dict) -> dict:
+    """Return the arguments for the optimizer, precision, memory, logs and checkpoints."""
+    return {
         "learning_rate": training["learning_rate"],
         "lr_scheduler_type": training["scheduler"],
         "warmup_steps": training["warmup_steps"],
@@ -163,11 +165,12 @@ def settings(run: frameworks.Run, place: str) -> tuple[dict, list[str]]:
         "save_steps": training["save_steps"],
         "save_total_limit": training["save_total_limit"],
         "report_to": training["report_to"],
-    }
-    if training["gpus"]:
-        values["deepspeed"] = "deepspeed.json"
-    else:
-        values["use_cpu"] = True
+    } | ({"deepspeed": "deepspeed.json"} if training["gpus"] else {"use_cpu": True})
+
+
+def differences(training: dict) -> list[str]:
+    """Return a note for each setting that it cannot express."""
+    notes = frameworks.not_expressed(training, LACKING)
     if training["attention"] not in ATTENTION:
         notes.append(
             f"training.attention {training['attention']} cannot be expressed; sdpa is written"
@@ -178,29 +181,31 @@ def settings(run: frameworks.Run, place: str) -> tuple[dict, list[str]]:
         )
     if training["loss"] == "chunked":
         notes.append(
-            "training.loss chunked cannot be expressed, so all logits of a sequence are held; "
-            "enable_liger_kernel saves that memory"
+            "training.loss chunked cannot be expressed, so all logits of a sequence are in memory at "
+            "once; enable_liger_kernel avoids that"
         )
-    return values, notes
+    return notes
 
 
-def adapter(run: frameworks.Run, notes: list[str]) -> dict:
-    """Return its arguments for the same adapter; add to ``notes`` what they do not say."""
-    lora = run.training["lora"]
-    targets, whole, tied = frameworks.modules(run)
-    if tied:
-        notes.append(
-            "the embedding is this base's output head too, and it trains them apart, so what it gives cannot "
-            "be brought back with training.lora.train_embeddings"
-        )
-    found = {
+def adapter(inputs: Inputs) -> tuple[dict, list[str]]:
+    """Return the arguments for the same adapter, and notes on what they cannot express."""
+    lora = inputs.settings["lora"]
+    targets, whole, tied = frameworks.trained_modules(inputs)
+    values = {
         "lora_rank": lora["rank"],
         "lora_alpha": lora["alpha"],
         "lora_dropout": lora["dropout"],
         "use_rslora": lora["rslora"],
         "lora_target": ",".join(targets),
     }
-    return found | ({"additional_target": ",".join(whole)} if whole else {})
+    if whole:
+        values["additional_target"] = ",".join(whole)
+    if not tied:
+        return values, []
+    return values, [
+        "the base's embedding is also its output head, and it trains them apart, so with "
+        "training.lora.train_embeddings its result cannot be used as training.source"
+    ]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,27 @@ from longyarn.training.document_attention import NAME
 
 REQUIREMENTS = ROOT / "tests/axolotl/requirements.txt"
 PLACE = ROOT / ".cache/axolotl"
+# Our keys of section `training`, each with the name of the setting that expresses it there; None: nothing.
+THEIRS = {
+    "mode": "adapter", "steps": "max_steps", "epochs": "num_epochs",
+    "learning_rate": "learning_rate", "scheduler": "lr_scheduler",
+    "warmup_steps": "warmup_steps", "weight_decay": "weight_decay", "adam_beta2": "adam_beta2",
+    "max_grad_norm": "max_grad_norm", "batch_size": "gradient_accumulation_steps",
+    "micro_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_offload": "activation_offloading",
+    "loss": "liger_fused_linear_cross_entropy", "precision": "bf16, fp16",
+    "attention": "attn_implementation", "nodes": "--nnodes", "gpus": "--nproc-per-node",
+    "zero_stage": "deepspeed", "offload": "deepspeed", "overlap_communication": "deepspeed",
+    "sp_size": "context_parallel_size", "threads": None, "seed": "seed",
+    "logging_steps": "logging_steps", "save_steps": "save_steps", "save_minutes": None,
+    "save_total_limit": "save_total_limit", "held_out_steps": None, "early_stopping": None,
+    "report_to": "use_tensorboard, wandb_project", "lora.rank": "lora_r", "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout", "lora.rslora": "peft_use_rslora",
+    "lora.targets": "lora_target_modules", "lora.train_embeddings": "lora_modules_to_save",
+    "lora.train_norms": "lora_modules_to_save", "lora.train_output_head": "lora_modules_to_save",
+}  # fmt: skip
 
 
 def axolotl() -> Path:
@@ -36,7 +57,7 @@ def axolotl() -> Path:
     return PLACE
 
 
-# All that can be set.
+# Every setting that can be expressed.
 EVERYTHING = {
     "learning_rate": 1.0e-4, "seed": 7, "scheduler": "cosine", "warmup_steps": 1,
     "gradient_checkpointing": True, "activation_offload": True, "adam_beta2": 0.9,
@@ -137,11 +158,10 @@ def test_the_model_is_the_base_with_its_new_rope(exported):
 
 def test_every_key_of_training_is_said_or_warned_of(tmp_path, capsys):
     made = exports.make(tmp_path)
-    theirs = export_axolotl.THEIRS
-    assert theirs.keys() == exports.our_keys()
-    unsaid = {key for key, name in theirs.items() if not name}
+    assert THEIRS.keys() == exports.our_keys()
+    unsaid = {key for key, name in THEIRS.items() if not name}
     assert unsaid - {"threads"} == export_axolotl.LACKING.keys()
-    exports.documented(export_axolotl)
+    exports.documented(THEIRS)
     changes = {"save_minutes": 5, "held_out_steps": 2, "early_stopping": 3}
     output = exports.export(export_axolotl, made, **changes)
     said, text = capsys.readouterr().err, (output / "train.yaml").read_text()

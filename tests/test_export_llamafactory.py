@@ -22,6 +22,26 @@ from longyarn.core import manifest
 from longyarn.core.files import read_json
 from longyarn.rope import transformers4
 
+# Our keys of section `training`, each with the name of the setting that expresses it there; None: nothing.
+THEIRS = {
+    "mode": "finetuning_type", "steps": "max_steps", "epochs": "num_train_epochs",
+    "learning_rate": "learning_rate", "scheduler": "lr_scheduler_type",
+    "warmup_steps": "warmup_steps", "weight_decay": "weight_decay", "adam_beta2": "adam_beta2",
+    "max_grad_norm": "max_grad_norm", "batch_size": "gradient_accumulation_steps",
+    "micro_batch_size": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_checkpointing": "disable_gradient_checkpointing", "activation_offload": None,
+    "loss": "enable_liger_kernel", "precision": "bf16, fp16", "attention": "flash_attn",
+    "nodes": "NNODES", "gpus": "NPROC_PER_NODE", "zero_stage": "deepspeed", "offload": "deepspeed",
+    "overlap_communication": "deepspeed", "sp_size": None, "threads": "OMP_NUM_THREADS",
+    "seed": "seed", "logging_steps": "logging_steps", "save_steps": "save_steps",
+    "save_minutes": None, "save_total_limit": "save_total_limit", "held_out_steps": None,
+    "early_stopping": None, "report_to": "report_to", "lora.rank": "lora_rank",
+    "lora.alpha": "lora_alpha", "lora.dropout": "lora_dropout", "lora.rslora": "use_rslora",
+    "lora.targets": "lora_target", "lora.train_embeddings": "additional_target",
+    "lora.train_norms": "additional_target", "lora.train_output_head": "additional_target",
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -100,10 +120,9 @@ def test_the_same_export_twice_is_the_same_bytes(made):
 
 
 def test_every_key_of_training_is_said_or_warned_of(made, capsys):
-    theirs = export_llamafactory.THEIRS
-    assert theirs.keys() == exports.our_keys()
-    assert {key for key, name in theirs.items() if not name} == export_llamafactory.LACKING.keys()
-    exports.documented(export_llamafactory)
+    assert THEIRS.keys() == exports.our_keys()
+    assert {key for key, name in THEIRS.items() if not name} == export_llamafactory.LACKING.keys()
+    exports.documented(THEIRS)
     changes = {"save_minutes": 5, "held_out_steps": 2, "early_stopping": 3}
     output = exports.export(export_llamafactory, made, **changes)
     said, text = capsys.readouterr().err, (output / "train.yaml").read_text()
@@ -166,7 +185,7 @@ def test_a_batch_that_divides_only_among_shared_sequences_is_refused(made):
 def test_a_tied_embedding_trained_apart_is_warned_of(tmp_path, capsys):
     made = exports.make(tmp_path, tie_word_embeddings=True)
     exports.export(export_llamafactory, made, lora={"rank": 4, "train_embeddings": True})
-    assert "cannot be brought back with training.lora.train_embeddings" in capsys.readouterr().err
+    assert "its result cannot be used as training.source" in capsys.readouterr().err
 
 
 def test_it_is_no_part_of_a_run(finished):

@@ -6,6 +6,8 @@ from pathlib import Path
 from longyarn.core import tensorfile
 from longyarn.data import packing
 
+IGNORED = -100  # the label of a position that is not scored, as in transformers
+
 
 class Packed:
     """The packed sequences as a dataset; each item is one sequence of token, position and label ids.
@@ -40,7 +42,7 @@ class Packed:
         ignored = (position_ids == 0) | torch.from_numpy(padding)
         if self.scored is not None:
             ignored |= ~torch.from_numpy(np.array(self.scored[index]))
-        labels = input_ids.masked_fill(ignored, -100)
+        labels = input_ids.masked_fill(ignored, IGNORED)
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
     def rows(self, step: int, batch_size: int) -> range:

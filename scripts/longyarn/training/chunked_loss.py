@@ -14,15 +14,14 @@ import torch
 
 from longyarn.config.derived import LOSS_CHUNK
 from longyarn.core.errors import UserError
+from longyarn.data.packed_dataset import IGNORED
 from longyarn.models.logits import after_the_head
-
-IGNORED = -100  # transformers' label of a position that is not scored
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """The sum of cross entropies of ``hidden @ weight.T + bias`` at the labels, float32 ().
 
-    ``hidden`` is (positions, hidden_size), ``labels`` (positions,); a label of -100 counts nothing.
+    ``hidden`` is (positions, hidden_size), ``labels`` (positions,); a label of ``IGNORED`` counts nothing.
     The gradient of a position's logits is softmax minus one-hot.
     """
 
@@ -111,7 +110,7 @@ def attach(model, chunk: int = LOSS_CHUNK) -> None:
 
 
 def next_tokens(labels, shift_labels=None):
-    """Return each position's label, that of the token after it: (batch, length), -100 at the end."""
+    """Return each position's label, that of the token after it: (batch, length), ``IGNORED`` at the end."""
     if shift_labels is not None:  # sequence parallelism shifts before it cuts
         return shift_labels
     return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]

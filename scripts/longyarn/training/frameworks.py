@@ -1,7 +1,7 @@
-"""What a run hands over to another framework: the patched model, the packed sequences and the settings.
+"""Exports of a run to another training framework: the patched model, the sequences and the settings.
 
-The model's config.json has the new RoPE, so the framework needs no option for it. The sequences are
-written as a `datasets` directory, tokenised, packed and labelled as training here reads them.
+The model's config.json already has the new RoPE, so the framework needs no option for it. The sequences
+are written as a `datasets` directory: tokenized, packed and labeled as training here reads them.
 """
 
 import argparse
@@ -27,293 +27,242 @@ from longyarn.data.packed_dataset import Packed
 from longyarn.models.rope_checks import check_config
 from longyarn.rope import transformers4
 from longyarn.rope.record import patched_config
-from longyarn.training import deepspeed_setup
-
-IGNORED = -100  # a label that counts in no loss
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of an export."""
-    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
-    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
-    parser.add_argument("--pack", type=Path, required=True, help="manifest of the packed sequences")
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="config section `training`, as JSON"
-    )
-    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
+from longyarn.training import deepspeed_setup, identity
+from longyarn.training.inputs import Inputs
 
 
 @dataclass(frozen=True)
-class Run:
-    """What is handed over: facts of the base, of its RoPE and of the pack, and section `training`."""
+class Export:
+    """What a framework is given.
 
-    model: Path
-    base: dict
-    rope: dict
-    pack: dict
-    data: Packed
-    training: dict
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> "Run":
-        """Read what the arguments of an export name."""
-        base, pack = manifest.read(arguments.base)["facts"], manifest.read(arguments.pack)
-        masks = pack["facts"]["document_masks"]
-        return cls(
-            model=arguments.base.parent / base["directory"],
-            base=base,
-            rope=manifest.read_facts(arguments.rope),
-            pack=pack["facts"],
-            data=Packed(arguments.pack.parent / next(iter(pack["files"])), masks),
-            training=arguments.settings,
-        )
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.pack["sequence_length"]
-
-    @property
-    def masks(self) -> bool:
-        """Whether the pieces of a sequence are hidden from one another."""
-        return self.pack["document_masks"]
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the sequences; for a number of steps, as many whole ones as they take."""
-        training = self.training
-        if training["steps"] is None:
-            return training["epochs"]
-        return -(-training["steps"] * training["batch_size"] // self.pack["sequences"])
-
-    def pieces(self, row: int) -> list[tuple[slice, bool]]:
-        """Return where each piece of a sequence lies, and whether it is padding."""
-        these = slice(*self.data.piece_offsets[row : row + 2])
-        found, begin = [], 0
-        for length, document in zip(
-            self.data.piece_lengths[these].tolist(),
-            self.data.piece_documents[these].tolist(),
-            strict=True,
-        ):
-            found.append((slice(begin, begin + length), document == packing.PADDING))
-            begin += length
-        return found
-
-
-def write_model(run: Run, directory: Path) -> None:
-    """Write the base with the run's RoPE in its config.json, in both forms; weights are linked.
-
-    Both, because a framework on transformers 4 would not see that of today, and train unscaled.
+    ``head``: the comments at the top of its settings. ``settings``: the settings themselves.
+    ``notes``: what they cannot express. ``columns`` and ``rows``: the data set; ``total``: its number
+    of rows where that is known. ``deepspeed``: the section `training` that DeepSpeed's configuration
+    is made from. ``command``: starts the training.
     """
-    from transformers import AutoConfig
 
-    directory.mkdir()
-    link_weights(run.model, directory)
-    config = patched_config(
-        read_json(run.model / "config.json"),
-        run.rope["rope_parameters"],
-        run.rope["max_position_embeddings"],
-        run.rope["full_attention"],
-    )
-    trust = run.base["trust_remote_code"]
-    loaded = AutoConfig.from_pretrained(run.model, trust_remote_code=trust)
-    config = transformers4.with_old_keys(config, run.rope["rope_parameters"], loaded)
-    write_json(directory / "config.json", config)
-    written = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
-    check_config(written, run.rope, directory / "config.json")
+    framework: str
+    head: list[str]
+    settings: dict
+    notes: list[str]
+    columns: Sequence[str]
+    rows: Iterator[dict]
+    total: int | None
+    deepspeed: dict
+    command: str
 
 
-def today_alone(run: Run) -> list[str]:
-    """Return a note where transformers 4 does not know the RoPE of the model that is handed over."""
-    kind = read_json(run.model / "config.json")["model_type"]
-    if transformers4.rope_keys(kind, run.rope["rope_parameters"]) or run.rope["method"] == "none":
-        return []
-    return [
-        f"transformers 4 has no scaled RoPE for models of type {kind} and would train them without it, "
-        "so use transformers 5"
-    ]
+def epochs(inputs: Inputs) -> float:
+    """Return the passes over the sequences; for a number of steps, enough whole passes for them."""
+    settings = inputs.settings
+    if settings["steps"] is None:
+        return settings["epochs"]
+    return -(-settings["steps"] * settings["batch_size"] // inputs.pack["sequences"])
 
 
-def results(arguments: argparse.Namespace) -> str:
-    """Return the directory of what the framework makes, as seen from the payload.
-
-    Beside the run's: what lies in the run is sealed and archived with it.
-    """
-    return f"../../{arguments.output.parent.name}-{arguments.output.name}"
-
-
-def source(arguments: argparse.Namespace) -> str:
-    """Return the trained model as `training.source` names it.
-
-    Not by an absolute path: README.md has it, and its hash would be another on each machine.
-    """
-    above = arguments.output.parent.parent
-    shown = Path("<paths.results>") if above.is_absolute() else above
-    return (shown / Path(results(arguments)).name / "trained").as_posix()
+def pieces(data: Packed, row: int) -> list[tuple[slice, bool]]:
+    """Return where each piece of a sequence lies, and whether it is padding."""
+    these = slice(*data.piece_offsets[row : row + 2])
+    lengths, documents = data.piece_lengths[these].tolist(), data.piece_documents[these].tolist()
+    found, begin = [], 0
+    for length, document in zip(lengths, documents, strict=True):
+        found.append((slice(begin, begin + length), document == packing.PADDING))
+        begin += length
+    return found
 
 
-def modules(run: Run) -> tuple[list[str], list[str], bool]:
-    """Return the last parts of the names of what gets an adapter and of what is trained whole.
+def trained_modules(inputs: Inputs) -> tuple[list[str], list[str], bool]:
+    """Return the modules that get an adapter and those that are trained whole.
 
-    And whether an embedding is trained that is the output head as well.
+    Each is the last part of a name. The third value says whether a trained embedding is also the
+    model's output head.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from longyarn.models import lora
 
-    trust = run.base["trust_remote_code"]
-    config = AutoConfig.from_pretrained(run.model, trust_remote_code=trust)
+    trust, settings = inputs.base["trust_remote_code"], inputs.settings["lora"]
+    config = AutoConfig.from_pretrained(inputs.model, trust_remote_code=trust)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    targets, whole, tied = lora.chosen(model, run.training["lora"])
+    targets, whole, tied = lora.chosen(model, settings)
     leaves = {name.rpartition(".")[2] for name in targets}
-    return sorted(leaves), whole, tied and run.training["lora"]["train_embeddings"]
+    return sorted(leaves), whole, tied and settings["train_embeddings"]
 
 
-def write_dataset(
-    run: Run, directory: Path, columns: Sequence[str], rows: Iterator[dict], total: int | None
-) -> int:
-    """Write ``rows`` of integers, in all those of the pack, as a `train` that datasets.load_from_disk reads.
+def not_expressed(settings: dict, lacking: dict[str, object]) -> list[str]:
+    """Return a note for each setting in use that a framework does not have.
 
-    One row at a time, without a copy in a cache; equal rows give equal bytes. Returns how many there were.
+    ``lacking``: the settings that it does not have, each with the value that means "not used".
+    """
+    return [
+        f"training.{key} {settings[key]} cannot be expressed"
+        for key, unused in lacking.items()
+        if settings[key] != unused
+    ]
+
+
+def needs_transformers5(inputs: Inputs) -> list[str]:
+    """Return a note if transformers 4 does not know the RoPE of the exported model, else nothing."""
+    kind = read_json(inputs.model / "config.json")["model_type"]
+    rope = inputs.rope
+    if transformers4.rope_keys(kind, rope["rope_parameters"]) or rope["method"] == "none":
+        return []
+    return [
+        f"transformers 4 has no scaled RoPE for models of type {kind} and would train without it; "
+        "use transformers 5"
+    ]
+
+
+def results_directory(output: Path) -> str:
+    """Return where the framework writes its results, relative to the payload ``output``.
+
+    It lies beside the run, because everything inside the run is sealed and archived with it.
+    """
+    return f"../../{output.parent.name}-{output.name}"
+
+
+def write(arguments: argparse.Namespace, script: Path, inputs: Inputs, export: Export) -> None:
+    """Write an export and its manifest, and print what the framework's settings cannot express."""
+    for note in export.notes:
+        print(f"{script.stem}: warning: {note}", file=sys.stderr)
+    with new_directory(arguments.output) as directory:
+        write_model(inputs, directory / "model")
+        size = 4 * len(export.columns) * len(inputs.data) * inputs.length
+        require_space(directory, size, "the packed sequences as a data set")
+        rows = progress(export.rows, export.total, "export")
+        count = write_dataset(directory / "dataset", export.columns, rows)
+        if "deepspeed" in export.settings:
+            configuration = deepspeed_setup.configuration(export.deepspeed)
+            write_json(directory / export.settings["deepspeed"], configuration)
+        write_settings(directory / "train.yaml", export)
+        write_readme(directory / "README.md", export, arguments.output)
+    manifest.write(
+        arguments.manifest,
+        script=script,
+        settings=arguments.settings,
+        inputs=identity.input_manifests(arguments),
+        files=[file for file in arguments.output.rglob("*") if file.is_file()],
+        facts={
+            "directory": arguments.output.name,
+            "rows": count,
+            "not_expressed": export.notes,
+        },
+    )
+
+
+def write_model(inputs: Inputs, directory: Path) -> None:
+    """Write the base with the run's RoPE in its config.json; the weights are linked.
+
+    The RoPE is written in both forms, because a framework on transformers 4 would not see the current
+    one and would train without scaling.
+    """
+    from transformers import AutoConfig
+
+    directory.mkdir()
+    link_weights(inputs.model, directory)
+    rope, trust = inputs.rope, inputs.base["trust_remote_code"]
+    config = patched_config(
+        read_json(inputs.model / "config.json"),
+        rope["rope_parameters"],
+        rope["max_position_embeddings"],
+        rope["full_attention"],
+    )
+    loaded = AutoConfig.from_pretrained(inputs.model, trust_remote_code=trust)
+    config = transformers4.with_old_keys(config, rope["rope_parameters"], loaded)
+    write_json(directory / "config.json", config)
+    written = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+    check_config(written, rope, directory / "config.json")
+
+
+def write_dataset(directory: Path, columns: Sequence[str], rows: Iterator[dict]) -> int:
+    """Write rows of int32 lists as a split `train` for ``datasets.load_from_disk``.
+
+    One row at a time, without a copy in a cache; equal rows give equal bytes. Returns their number.
     """
     import pyarrow
 
-    size = 4 * len(columns) * len(run.data) * run.length
-    require_space(directory.parent, size, "the packed sequences as a data set")
     kind = {"_type": "Sequence", "feature": {"_type": "Value", "dtype": "int32"}}
     features = dict.fromkeys(columns, kind)
-    about = json.dumps({"info": {"features": features}})
     schema = pyarrow.schema(
         [(name, pyarrow.list_(pyarrow.int32())) for name in features],
-        metadata={"huggingface": about},
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
-    place, count = directory / "train", 0
-    place.mkdir(parents=True)
+    split, count = directory / "train", 0
+    split.mkdir(parents=True)
     name = "data-00000-of-00001.arrow"
     with (
-        pyarrow.OSFile(str(place / name), "wb") as file,
+        pyarrow.OSFile(str(split / name), "wb") as file,
         pyarrow.ipc.new_stream(file, schema) as writer,
     ):
-        for row in progress(rows, total, "export"):
+        for row in rows:
             lists = {key: [value] for key, value in row.items()}
             writer.write_batch(pyarrow.RecordBatch.from_pydict(lists, schema=schema))
             count += 1
     write_json(directory / "dataset_dict.json", {"splits": ["train"]})
-    write_json(place / "dataset_info.json", {"features": features})
+    write_json(split / "dataset_info.json", {"features": features})
     state = {
         "_data_files": [{"filename": name}],
-        "_fingerprint": sha256(place / name)[:16],
+        "_fingerprint": sha256(split / name)[:16],
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
         "_output_all_columns": False,
         "_split": "train",
     }
-    write_json(place / "state.json", state)
+    write_json(split / "state.json", state)
     return count
 
 
-def write(
-    arguments: argparse.Namespace,
-    script: Path,
-    run: Run,
-    name: str,
-    head: list[str],
-    settings: tuple[dict, list[str]],
-    dataset: tuple[Sequence[str], Iterator[dict], int | None],
-    training: dict,
-    command: str,
-) -> None:
-    """Write an export and its manifest, and say on stderr what the framework's settings cannot express.
-
-    ``name`` is the framework's, ``head`` the comments above its settings. ``settings``: those, and notes of
-    what they do not say. ``dataset``: columns, rows, and how many where that is known. ``training``: the
-    section that DeepSpeed's settings are made from.
-    """
-    values, notes = settings
-    for note in notes:
-        print(f"{script.stem}: warning: {note}", file=sys.stderr)
-    with new_directory(arguments.output) as directory:
-        write_model(run, directory / "model")
-        rows = write_dataset(run, directory / "dataset", *dataset)
-        if "deepspeed" in values:
-            write_json(directory / values["deepspeed"], deepspeed_setup.configuration(training))
-        write_settings(directory / "train.yaml", values, head, notes)
-        write_readme(directory / "README.md", name, command, arguments, notes)
-    publish(arguments, script, rows, notes)
-
-
-def write_settings(file: Path, values: dict, head: list[str], notes: list[str]) -> None:
-    """Write settings as YAML below a head of comments; ``notes`` are what they do not say."""
+def write_settings(file: Path, export: Export) -> None:
+    """Write the settings as YAML below comments that say what they cannot express."""
     import yaml
 
-    said = [*head, *(f"Not the same: {note}." for note in notes)]
-    lines = [f"# {line}" for line in said] + [""]
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    comments = [*export.head, *(f"Not the same: {note}." for note in export.notes)]
+    lines = [f"# {line}" for line in comments] + [""]
+    text = yaml.safe_dump(export.settings, sort_keys=False, allow_unicode=True)
     write_text(file, "\n".join(lines) + "\n" + text)
 
 
-def write_readme(
-    file: Path, name: str, command: str, arguments: argparse.Namespace, notes: list[str]
-) -> None:
-    """Write how to train with a framework, and how the result comes back."""
-    place, back = results(arguments), source(arguments)
-    differing = "".join(f"- {note}\n" for note in notes) or "- nothing that we know of\n"
+def write_readme(file: Path, export: Export, output: Path) -> None:
+    """Write how to train with the framework, and how to use the result in this run.
+
+    The README names no absolute path, because its hash would then differ from machine to machine.
+    """
+    results = results_directory(output)
+    root = output.parent.parent
+    shown = Path("<paths.results>") if root.is_absolute() else root
+    source = (shown / Path(results).name / "trained").as_posix()
+    differing = "".join(f"- {note}\n" for note in export.notes) or "- nothing that we know of\n"
     write_text(
         file,
-        f"""# This run, for {name}
+        f"""# This run, for {export.framework}
 
-`model/` is the base with the run's RoPE in its config.json. Give {name} no RoPE option of its own: it would
-extend what is extended already. `dataset/` has the sequences, tokenised, packed and labelled. `train.yaml`
-has the settings of this run's section `training`.
+- `model/`: the base model, with the run's RoPE in its config.json. Set no RoPE option in
+  {export.framework}: it would extend the context a second time.
+- `dataset/`: the training sequences, tokenized, packed and labeled.
+- `train.yaml`: the settings of this run's section `training`.
 
 Train, in this directory:
 
 ```sh
-{command}
+{export.command}
 ```
 
-The result lies in `{place}`, outside the run. Training goes on from a checkpoint that lies there, so
-move an older result away first.
+The result is written to `{results}`, outside the run. {export.framework} resumes from a checkpoint that it
+finds there, so move an older result away first.
 
-Bring the result back: add to the run's configuration
+To use the result, add this to the run's configuration:
 
 ```yaml
 training:
-  source: {back}
+  source: {source}
 ```
 
-and run Snakemake as before. Training here is left out; merge, evaluation, report and gate are as ever.
+Then run Snakemake as before. It skips its own training; merge, evaluation, report and gate stay the same.
 
-What differs from training here:
+What differs from training in Longyarn:
 
 {differing}""",
     )
-
-
-def publish(arguments: argparse.Namespace, script: Path, rows: int, notes: list[str]) -> None:
-    """Write the manifest of an export."""
-    files = sorted(file for file in arguments.output.rglob("*") if file.is_file())
-    manifest.write(
-        arguments.manifest,
-        script=script,
-        settings=arguments.settings,
-        inputs={name: getattr(arguments, name) for name in ("base", "rope", "pack")},
-        files=files,
-        facts={"directory": arguments.output.name, "rows": rows, "not_expressed": notes},
-    )
-
-
-def unsaid(training: dict, keys: dict[str, object]) -> list[str]:
-    """Return a note for each setting that a framework does not have and that says something here.
-
-    ``keys``: the settings it does not have, with the value at which each says nothing.
-    """
-    return [
-        f"training.{key} {training[key]} cannot be expressed"
-        for key, nothing in keys.items()
-        if training[key] != nothing
-    ]

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from longyarn.core.errors import UserError
+from longyarn.data.packed_dataset import IGNORED
 from longyarn.training.deepspeed_setup import say
 
 DOCUMENTS = 8  # at most so many are measured, so that it stays short beside training
@@ -116,10 +117,10 @@ def _mean_loss(model, documents, length: int, tile: int, device: torch.device) -
     for ids in documents:
         document = torch.from_numpy(ids.astype(np.int64))[None].to(device)
         labels = document.clone()
-        labels[:, ::tile] = -100  # the first of each tile has no context there
+        labels[:, ::tile] = IGNORED  # the first of each tile has no context there
         for begin in range(0, len(ids), length):
             window = slice(begin, begin + length)
-            scored = int((labels[:, window] != -100).sum())
+            scored = int((labels[:, window] != IGNORED).sum())
             if scored:
                 loss = model(
                     input_ids=document[:, window], labels=labels[:, window], use_cache=False
