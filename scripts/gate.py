@@ -1,8 +1,13 @@
-"""The gate of a run: its figures against the thresholds of config section `gate`.
+"""Compare a run's figures with the thresholds of config section `gate`.
 
-A figure passes on its value; where its interval reaches across the threshold, that is said. A run that
-misses a threshold ends with exit code 1 and one sentence. Nothing is deleted: a mark stands beside the
-model until the gate passes.
+A figure passes if its value does; a message says if its interval includes the threshold. If a threshold is
+missed, the program ends with one sentence and exit code 1. Nothing is deleted: the file NOT_VERIFIED.txt
+marks the run until the gate passes.
+
+    cd results/micro
+    python ../../scripts/gate.py --report report.json --merge merged.json \\
+        --thresholds '{"perplexity_ratio": 1, "passkey_rate": 0.9, "merge_error": 0.5}' \\
+        --mark NOT_VERIFIED.txt --manifest verified.json
 """
 
 import argparse
@@ -17,7 +22,9 @@ from longyarn.reporting.gate_outcome import compare, missed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--report", type=Path, required=True, help="report.json of the run")
     parser.add_argument("--merge", type=Path, required=True, help="manifest of the merged model")
     parser.add_argument(
@@ -34,8 +41,8 @@ def main() -> None:
     if said := missed(compared):
         write_text(arguments.mark, f"{said}.\n")
         raise UserError(
-            f"this run is not verified, because {said}; {arguments.mark} marks it, and its files are "
-            "kept, with the report; train longer or on more, or loosen the threshold"
+            f"this run is not verified, because {said}; its files and its report are kept, and "
+            f"{arguments.mark} marks it; train longer or on more data, or loosen the threshold"
         )
     arguments.mark.unlink(missing_ok=True)
     manifest.write(
@@ -50,12 +57,14 @@ def main() -> None:
 
 
 def in_words(compared: list[dict]) -> str:
-    """Return what a run that passed is told."""
+    """Return the message for a run that passed."""
     if not compared:
-        return "gate: config section gate sets no threshold, so nothing is asked of this run"
+        return "gate: config section gate sets no threshold, so nothing was compared"
     close = [one["threshold"] for one in compared if not one["decided"]]
     also = (
-        f"; {' and '.join(close)} on the value alone, because no interval decides" if close else ""
+        f"; {' and '.join(close)} only by its value, because its interval does not decide"
+        if close
+        else ""
     )
     return f"gate: {len(compared)} threshold{'s' * (len(compared) > 1)} met{also}"
 

@@ -1,8 +1,10 @@
-"""Seal a run: its whole configuration, a copy of the workflow, the record of all jobs, and SHA256SUMS.
+"""Seal a run: write its full configuration, a copy of the workflow, the record of all jobs, and SHA256SUMS.
 
-Every file of the run is hashed, and compared with the manifests before anything is written: what does not
-match is not sealed. The configuration, the workflow and the record are no outputs of the rule, because
-Snakemake deletes those of a job that failed. docs/provenance.md says what the files are for.
+Every file of the run is hashed and compared with the manifests before anything is written: a run that does
+not match is not sealed. The configuration, the workflow and the record are not outputs of the rule, because
+Snakemake deletes the outputs of a job that failed. docs/provenance.md says what the files are for.
+
+    python scripts/provenance.py --seal results/micro/SHA256SUMS --settings "$(cat settings.json)"
 """
 
 import argparse
@@ -19,7 +21,7 @@ from longyarn.core.errors import UserError, program
 from longyarn.core.files import new_directory, read_json, sha256, write_json, write_text
 from longyarn.provenance import checksums, ro_crate
 
-# What a run reads, and what a person needs to know of it; those that are there.
+# What a run needs, and what a person needs to understand it; those that exist are copied.
 PARTS = (
     "Snakefile", "config.yaml", "Makefile", "README.md", "README.zh.md", "LICENSE", "CITATION.cff",
     "rules", "scripts", "schemas", "resources", "profiles", "presets", "containers", "envs",
@@ -33,12 +35,16 @@ WRITTEN = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seal", type=Path, required=True, help="the run's SHA256SUMS, to write")
     parser.add_argument(
-        "--settings", type=json.loads, required=True, help="the whole configuration, as JSON"
+        "--settings", type=json.loads, required=True, help="the full configuration, as JSON"
     )
-    parser.add_argument("--images", type=Path, nargs="*", default=[], help="images that are a file")
+    parser.add_argument(
+        "--images", type=Path, nargs="*", default=[], help="container images that are files"
+    )
     arguments = parser.parse_args()
     run = arguments.seal.parent
 
@@ -51,7 +57,7 @@ def main() -> None:
     for name in superseded.outdated(manifests, hashes, report):
         print(f"provenance: {superseded.said(run, name)}", file=sys.stderr)
 
-    # From here on the run is not sealed until it is again.
+    # From here on the run is not sealed, until the last line seals it.
     arguments.seal.unlink(missing_ok=True)
     with new_directory(run / run_directory.WORKFLOW) as directory:
         copy_workflow(Path(__file__).resolve().parents[1], directory)
@@ -77,13 +83,13 @@ def main() -> None:
     own = [run_directory.CRATE, run_directory.PROVENANCE, run_directory.OWN_RECORD]
     own = [name for name in own if (run / name).is_file()]
     hashes |= checksums.hashes(run, own, "hash, bytes")
-    # Last: with it the run is sealed.
+    # Last, because this file seals the run.
     write_text(arguments.seal, checksums.render(hashes))
     print(f"provenance: {len(hashes)} files are sealed in {arguments.seal}", file=sys.stderr)
 
 
 def copy_workflow(root: Path, directory: Path) -> None:
-    """Copy what the run was made with, without caches; times are kept."""
+    """Copy the workflow below ``root``, without caches; modification times are kept."""
     for part in PARTS:
         if (root / part).is_dir():
             hidden = shutil.ignore_patterns("__pycache__", ".*", "*.partial")
@@ -93,28 +99,28 @@ def copy_workflow(root: Path, directory: Path) -> None:
 
 
 def is_workflow(name: str) -> bool:
-    """Tell whether a file is of the copy of the workflow."""
+    """Tell whether a file belongs to the copy of the workflow."""
     return name.startswith(f"{run_directory.WORKFLOW}/")
 
 
 def check(run: Path, hashes: dict[str, str], manifests: dict[str, dict]) -> None:
-    """Stop where a file is not what its manifest lists: it changed since its stage wrote it."""
+    """Refuse a file that differs from its manifest: it changed after its stage wrote it."""
     for name, one in manifests.items():
         for file, entry in run_directory.payload(name, one).items():
             if file in hashes and hashes[file] != entry["sha256"]:
                 raise UserError(
-                    f"{run / file} is not what {one['stage']} wrote, by {run / name}; {mend(run, name)}"
+                    f"{run / file} is not what {one['stage']} wrote, by {run / name}; {remedy(run, name)}"
                 )
 
 
-def mend(run: Path, name: str) -> str:
+def remedy(run: Path, name: str) -> str:
     """Return what to do about a manifest whose payload changed."""
     top = PurePosixPath(name).parts[0]
     if top.startswith("step-"):
-        return f"delete {run / top}, which nothing needs, and run again"
+        return f"delete {run / top}, which no stage needs, and run again"
     if top == sweep_cells.DIRECTORY:
-        return f"delete {run / name} and run `snakemake sweep`, so that both are made anew"
-    return f"delete {run / name} and run again, so that both are made anew"
+        return f"delete {run / name} and run `snakemake sweep`, so that both are made again"
+    return f"delete {run / name} and run again, so that both are made again"
 
 
 if __name__ == "__main__":

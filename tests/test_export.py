@@ -290,7 +290,7 @@ def test_the_card_of_the_run(finished):
         assert sentence in text
     assert report["model"]["disclosure"] in text
     assert model_card.figure(report["perplexity"]["base"]["1024"]) in text
-    assert "No threshold was asked of it" in text
+    assert "No threshold was set" in text
     assert '"seed": 0' in text and report["code"]["train"] in text
     assert str(finished.directory) not in text and "202" not in text.split("## To make it")[0]
 

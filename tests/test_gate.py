@@ -1,4 +1,4 @@
-"""The gate: what misses a threshold fails by name, keeps its files and is marked until it passes."""
+"""The gate: a run that misses a threshold fails by name, keeps its files and is marked until it passes."""
 
 import json
 
@@ -70,7 +70,7 @@ def test_each_miss_is_one_sentence_with_figure_and_threshold(tmp_path, key, chan
 
 def test_a_pass_on_the_value_alone_is_said(tmp_path, capsys):
     run(gate, *made(tmp_path, ASKED, passkey=FOUND | {"trained": {512: 30, 4096: 29}}))
-    assert "4 thresholds met; passkey_rate on the value alone" in capsys.readouterr().err
+    assert "4 thresholds met; passkey_rate only by its value" in capsys.readouterr().err
 
 
 def test_no_threshold_asks_nothing_and_says_so(tmp_path, capsys):
@@ -131,7 +131,7 @@ def test_the_original_length_is_checked_before_training():
 
 
 def test_a_missed_threshold_fails_the_run_and_keeps_its_files(finished_copy):
-    """Through Snakemake: exit code 1, nothing deleted, and nothing but the gate after the mend."""
+    """Through Snakemake: exit code 1, nothing deleted, and only the gate runs again after the correction."""
     made = finished_copy.directory / "results/tests"
     asked = {"gate": {"perplexity_ratio": 0.01}}
     done = finished_copy.snakemake(overrides=asked, check=False)
@@ -141,7 +141,7 @@ def test_a_missed_threshold_fails_the_run_and_keeps_its_files(finished_copy):
     assert (made / "merged/model.safetensors").is_file()
     reasons = (made / "NOT_VERIFIED.txt").read_text().strip()
     assert "times its own at 512" in reasons
-    # It is exported all the same, and its card says why it is not verified, in the gate's own words.
+    # It is exported anyway, and its card says in the gate's own words why it is not verified.
     card = (made / "export/README.md").read_text()
     assert f"**This model is not verified**, because {reasons}" in card
     assert finished_copy.planned(asked, "push") == {"gate": 1, "push": 1}

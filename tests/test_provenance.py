@@ -234,16 +234,18 @@ def test_what_changes_while_it_is_read_is_one_sentence(tmp_path, monkeypatch):
             return digest
 
         monkeypatch.setattr(checksums, "sha256", read)
-        with pytest.raises(UserError, match="b changed while it was read; run again when nothing"):
+        with pytest.raises(
+            UserError, match="b changed while it was read; run again when nothing else writes"
+        ):
             checksums.hashes(tmp_path, ["b", "a"], "hash")
         monkeypatch.undo()
 
 
-def test_another_mend_is_said_of_a_checkpoint_and_of_a_cell():
-    assert "delete r/step-2, which nothing needs" in provenance.mend(
+def test_a_checkpoint_and_a_cell_have_remedies_of_their_own():
+    assert "delete r/step-2, which no stage needs" in provenance.remedy(
         Path("r"), "step-2/merged.json"
     )
-    said = provenance.mend(Path("r"), "cells/x/merged.json")
+    said = provenance.remedy(Path("r"), "cells/x/merged.json")
     assert "delete r/cells/x/merged.json and run `snakemake sweep`" in said
 
 

@@ -1,4 +1,4 @@
-"""SHA256SUMS: a line for each file of a run, as `sha256sum` of coreutils writes and checks it."""
+"""SHA256SUMS: one line for each file of a run, in the form that `sha256sum` of coreutils reads and writes."""
 
 import os
 import re
@@ -16,18 +16,18 @@ LETTERS = {escape: letter for letter, escape in ESCAPES.items()}
 
 
 def render(hashes: dict[str, str]) -> str:
-    """Return the file's text: a line for each name, sorted."""
+    """Return the text of SHA256SUMS: one line for each name, sorted."""
     return "".join(f"{line(name, hashes[name])}\n" for name in sorted(hashes))
 
 
 def line(name: str, digest: str) -> str:
-    """Return one line; a name with a line end or a backslash is written as coreutils does."""
+    """Return one line; a line end or a backslash in a name is escaped in the way of coreutils."""
     escaped = "".join(ESCAPES.get(letter, letter) for letter in name)
     return f"{'' if escaped == name else chr(92)}{digest}  {escaped}"
 
 
 def parse(text: str) -> dict[str, str]:
-    """Return the SHA-256 of each name; ``ValueError`` where a line is not as ``render`` writes it."""
+    """Return the SHA-256 of each name; raise ``ValueError`` unless ``render`` could have written the text."""
     found = {}
     for number, text_line in enumerate(text.split("\n")[:-1], start=1):
         match = LINE.fullmatch(text_line)
@@ -37,7 +37,7 @@ def parse(text: str) -> dict[str, str]:
         if match[1]:
             name = re.sub(r"\\.", lambda pair: LETTERS.get(pair[0], pair[0]), name)
         if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"line {number}, which leads out of the run")
+            raise ValueError(f"line {number}, with a path that leads out of the run")
         found[name] = match[2]
     if render(found) != text:
         raise ValueError("the order of lines, or the last of them")
@@ -45,9 +45,9 @@ def parse(text: str) -> dict[str, str]:
 
 
 def hashes(run: Path, names: Iterable[str], label: str) -> dict[str, str]:
-    """Return the SHA-256 of each of these files of a run; hard links of one file are read once.
+    """Return the SHA-256 of each of these files of a run; hard links to one file are read once.
 
-    ``UserError`` where one changes meanwhile.
+    ``label`` names the progress line. Raise ``UserError`` if a file changes meanwhile.
     """
     names = list(names)
     sizes = {name: state(run / name).st_size for name in names}
@@ -63,7 +63,7 @@ def hashes(run: Path, names: Iterable[str], label: str) -> dict[str, str]:
 
 
 def unchanged_sha256(path: Path, before: os.stat_result) -> str:
-    """Return a file's SHA-256; ``UserError`` where it is not as ``before`` it was read."""
+    """Return a file's SHA-256; raise ``UserError`` if it changed since its state ``before``."""
     try:
         digest = sha256(path)
     except FileNotFoundError:
@@ -75,7 +75,7 @@ def unchanged_sha256(path: Path, before: os.stat_result) -> str:
 
 
 def state(path: Path) -> os.stat_result:
-    """Return a file's size, time and inode; ``UserError`` where it has vanished."""
+    """Return a file's size, time and inode; raise ``UserError`` if it is gone."""
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -83,14 +83,14 @@ def state(path: Path) -> os.stat_result:
 
 
 def changed(path: Path) -> UserError:
-    """Return the error of a file that changed while it was read."""
+    """Return the error for a file that changed while it was read."""
     return UserError(
-        f"{path} changed while it was read; run again when nothing else runs in this run"
+        f"{path} changed while it was read; run again when nothing else writes to this run"
     )
 
 
 def read(run: Path) -> dict[str, str]:
-    """Return the SHA-256 of each sealed file; ``UserError`` where there is no seal, or a broken one."""
+    """Return the SHA-256 of each sealed file; raise ``UserError`` if the seal is missing or broken."""
     path = run / run_directory.SEAL
     try:
         return parse(path.read_bytes().decode())
@@ -98,13 +98,13 @@ def read(run: Path) -> dict[str, str]:
         if (run / run_directory.MARK).is_file():
             raise UserError(
                 f"{path} is missing, because this run misses a threshold ({run / run_directory.MARK} says "
-                "which), and such a run is not sealed; train longer or on more, or loosen the threshold"
+                "which), and such a run is not sealed; train longer or on more data, or loosen the threshold"
             ) from None
         raise UserError(
             f"{path} is missing; run `snakemake` with the run's configuration, so that it is sealed"
         ) from None
-    except ValueError as error:  # and what is not UTF-8
+    except ValueError as error:  # also raised for text that is not UTF-8
         raise UserError(
-            f"{path} is not as provenance wrote it ({first_line(error)}); restore it, or seal the run anew "
+            f"{path} is not what provenance wrote ({first_line(error)}); restore it, or seal the run again "
             "with `snakemake --forcerun provenance`"
         ) from None

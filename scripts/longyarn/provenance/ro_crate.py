@@ -1,38 +1,31 @@
 """The record of a run as an RO-Crate of the profile Provenance Run Crate 0.5.
 
-The workflow is the main entity; an action stands for the run and one for each job, with its script,
-inputs, outputs, settings, times, machine and image. Every file has its size and SHA-256.
+The workflow is the main entity. One action stands for the run and one for each job, with its script, inputs,
+outputs, settings, times, machine and image. Every file has its size and SHA-256.
 https://www.researchobject.org/workflow-run-crate
 """
 
 import hashlib
 import json
-from pathlib import Path, PurePosixPath
-from urllib.parse import quote, unquote
+from pathlib import Path
+from urllib.parse import unquote
 
 from longyarn.core import run_directory
+from longyarn.provenance.crate_entities import MAIN, RUN_TERMS, Entities, local
 from longyarn.provenance.job_history import Job, jobs_of
+from longyarn.stages import ADOPT, DOWNLOAD_CORPUS, DOWNLOAD_MODEL, MERGE
 
-VERSION = "1.1"  # of RO-Crate, which the profiles 0.5 build on
+VERSION = "1.1"  # of RO-Crate, which version 0.5 of the profiles builds on
 PROFILES = {
     "https://w3id.org/ro/wfrun/process/0.5": "Process Run Crate",
     "https://w3id.org/ro/wfrun/workflow/0.5": "Workflow Run Crate",
     "https://w3id.org/ro/wfrun/provenance/0.5": "Provenance Run Crate",
     "https://w3id.org/workflowhub/workflow-ro-crate/1.0": "Workflow RO-Crate",
 }
-RUN_TERMS = "https://w3id.org/ro/terms/workflow-run#"
-# Those of the profiles that RO-Crate's own context lacks.
+# Terms of the profiles that RO-Crate's own context lacks.
 TERMS = ("sha256", "containerImage", "ContainerImage", "SIFImage", "DockerImage", "registry",
          "resourceUsage")  # fmt: skip
-LICENCE = "https://spdx.org/licenses/Apache-2.0"
 DONE = "http://schema.org/CompletedActionStatus"
-MAIN = f"{run_directory.WORKFLOW}/Snakefile"
-FORMATS = {
-    ".html": "text/html", ".json": "application/json", ".jsonl": "application/jsonl",
-    ".md": "text/markdown", ".png": "image/png", ".py": "text/x-python", ".svg": "image/svg+xml",
-    ".tsv": "text/tab-separated-values", ".yaml": "application/yaml",
-    **dict.fromkeys(("", ".txt", ".log", ".smk", ".in", ".def", ".Dockerfile"), "text/plain"),
-}  # fmt: skip
 
 
 def build(
@@ -40,8 +33,8 @@ def build(
 ) -> dict:
     """Return the content of ro-crate-metadata.json.
 
-    ``hashes`` has the SHA-256 of each file of the run. ``image_hashes`` has that of images which are a
-    file here, by name.
+    ``hashes`` has the SHA-256 of each file of the run, ``image_hashes`` that of each image that is a file
+    here, by name.
     """
     from rocrate.rocrate import ROCrate
 
@@ -58,32 +51,8 @@ def build(
     return crate.metadata.generate()
 
 
-def local(name: str) -> str:
-    """Return the identifier of an entity that is no file."""
-    return f"#{quote(name)}"
-
-
-class Writer:
-    """Puts a run's entities into a crate."""
-
-    def __init__(self, crate, run: Path, hashes: dict, manifests: dict, image_hashes: dict) -> None:
-        self.crate, self.run = crate, run
-        self.hashes, self.manifests, self.image_hashes = hashes, manifests, image_hashes
-        self.parts: dict[str, object] = {}  # files and directories by name
-
-    def entity(self, identifier: str, kind: str | list[str], **properties):
-        """Return the entity of this identifier, added if it is new."""
-        from rocrate.model.contextentity import ContextEntity
-
-        known = self.crate.get(identifier)
-        if known is not None:
-            return known
-        kept = {
-            key: value[0] if isinstance(value, list) and len(value) == 1 else value
-            for key, value in properties.items()
-            if value not in (None, [], "")
-        }
-        return self.crate.add(ContextEntity(self.crate, identifier, {"@type": kind} | kept))
+class Writer(Entities):
+    """Writes what a run did into a crate: the workflow, its jobs, and Snakemake."""
 
     def root(self, jobs: list[Job]) -> None:
         """Describe the crate itself."""
@@ -92,8 +61,8 @@ class Writer:
         root["name"] = f"Longyarn run {self.run.name}"
         root["description"] = report["verdict"]["sentence"]
         root["license"] = (
-            "The workflow is under the Apache License 2.0. The model keeps the licence of its base, and "
-            "each source of the corpus its own."
+            "The workflow is under the Apache License 2.0. The model keeps the license of its base, and "
+            "each source of the corpus keeps its own."
         )
         ends = [job.environment["end"] for job in jobs if job.environment]
         if ends:
@@ -105,44 +74,8 @@ class Writer:
             for url, name in PROFILES.items()
         ]  # fmt: skip
 
-    def files(self) -> None:
-        """Add every file with size and hash, and the directories of payloads."""
-        for name, digest in self.hashes.items():
-            suffix = PurePosixPath(name).suffix
-            properties = {
-                "contentSize": str((self.run / name).stat().st_size),
-                "sha256": digest,
-                "encodingFormat": FORMATS.get(suffix, "application/octet-stream"),
-            }
-            if name == MAIN:
-                from rocrate.model.computationalworkflow import ComputationalWorkflow
-
-                kind = ["File", "SoftwareSourceCode", "ComputationalWorkflow", "HowTo"]
-                self.parts[name] = self.crate.add_workflow(
-                    self.run / name, name, main=True, lang="snakemake", cls=ComputationalWorkflow,
-                    properties=properties | {"@type": kind, "name": "Longyarn", "license": LICENCE},
-                )  # fmt: skip
-            else:
-                self.parts[name] = self.crate.add_file(self.run / name, name, properties=properties)
-        for name, one in self.manifests.items():
-            for directory in run_directory.payload_directories(name, one):
-                self.directory(directory)
-        self.directory("figures")
-
-    def directory(self, name: str) -> None:
-        """Add a directory with the files that it has; none where it was purged."""
-        inside = [part for file, part in self.parts.items() if file.startswith(f"{name}/")]
-        if inside and name not in self.parts:
-            properties = {"name": name, "hasPart": inside if len(inside) > 1 else inside[0]}
-            added = self.crate.add_dataset(self.run / name, name, properties=properties)
-            self.parts[name] = added
-
-    def at(self, names: list[str]) -> list:
-        """Return the entities of those of these files and directories that are there."""
-        return [self.parts[name] for name in dict.fromkeys(names) if name in self.parts]
-
     def workflow(self, jobs: list[Job]) -> None:
-        """Describe the workflow: its scripts as tools and steps, what goes in and what comes out."""
+        """Describe the workflow: its scripts as tools and steps, its inputs and its outputs."""
         main = self.crate.mainEntity
         commits = {job.environment.get("commit") for job in jobs} - {None}
         main["version"] = " ".join(sorted(commits)) or jobs[-1].code
@@ -157,8 +90,8 @@ class Writer:
             )  # fmt: skip
         main["hasPart"], main["step"] = tools, steps
         ports = {
-            "input": {"config.yaml": "File"},
-            "output": {"merged": "Dataset", "report.html": "File"},
+            "input": {run_directory.CONFIG: "File"},
+            "output": {MERGE.payload: "Dataset", "report.html": "File"},
         }
         for side, names in ports.items():
             main[side] = [
@@ -166,9 +99,10 @@ class Writer:
             ]
         run = self.entity(
             "#run", "CreateAction", name=f"The run {self.run.name}", instrument=main,
-            description="All jobs of this run; those that were done before are counted in.",
-            object=self.at(["config.yaml", "base"]), result=self.at(["merged", "report.html"]),
-            actionStatus=DONE, **self.times([job.environment for job in jobs if job.environment]),
+            description="All jobs of this run, including those that had finished before.",
+            object=self.at([run_directory.CONFIG, DOWNLOAD_MODEL.payload]),
+            result=self.at([MERGE.payload, "report.html"]),
+            actionStatus=DONE, **times([job.environment for job in jobs if job.environment]),
         )  # fmt: skip
         self.crate.root_dataset.append_to("mentions", run)
 
@@ -184,7 +118,7 @@ class Writer:
         return parameter
 
     def tool(self, stage: str, jobs: list[Job]):
-        """Return the script of a stage, with the libraries that it ran with."""
+        """Return a stage's script, with the libraries that it ran with."""
         own = [job for job in jobs if job.stage == stage]
         libraries = dict.fromkeys(pair for job in own for pair in job.versions.items())
         name = f"{run_directory.WORKFLOW}/scripts/{stage}.py"
@@ -197,17 +131,13 @@ class Writer:
             tool["softwareRequirements"] = [self.library(*pair) for pair in libraries]
         return tool
 
-    def library(self, name: str, version: str):
-        """Return a library at its version."""
-        url = f"https://pypi.org/project/{name}/{quote(version)}/"
-        if name == "python":
-            url = f"https://www.python.org/downloads/release/python-{version.replace('.', '')}/"
-        return self.entity(
-            url, "SoftwareApplication", name=name, softwareVersion=version, url=url
-        )  # fmt: skip
+    def tool_of(self, stage: str):
+        """Return a stage's script, which ``workflow`` added before."""
+        name = f"{run_directory.WORKFLOW}/scripts/{stage}.py"
+        return self.parts.get(name) or self.crate.get(local(f"tool/{stage}"))
 
     def job(self, job: Job) -> None:
-        """Add the action of a job, and what set it off."""
+        """Add the action of a job, and the action that started it."""
         found = job.environment
         settings = [
             self.value(f"setting/{job.name}/{key}", key, value)
@@ -218,7 +148,7 @@ class Writer:
             description=f"The stage {job.stage} of Longyarn; it ended with exit status 0.",
             instrument=self.tool_of(job.stage), actionStatus=DONE,
             object=[*self.at(job.inputs), *self.sources(job), *settings], result=self.at(job.outputs),
-            **self.times([found] if found else []),
+            **times([found] if found else []),
             containerImage=self.image(found.get("image")), additionalProperty=self.machine(job),
             resourceUsage=self.usage(job),
         )  # fmt: skip
@@ -228,26 +158,15 @@ class Writer:
         )  # fmt: skip
         self.crate.root_dataset.append_to("mentions", action)
 
-    def tool_of(self, stage: str):
-        """Return the script of a stage as ``workflow`` has added it."""
-        name = f"{run_directory.WORKFLOW}/scripts/{stage}.py"
-        return self.parts.get(name) or self.crate.get(local(f"tool/{stage}"))
-
-    def value(self, identifier: str, name: str, value: object, **more):
-        """Return a named value; what is no number or text is written as JSON."""
-        plain = isinstance(value, int | float | str) and not isinstance(value, bool)
-        written = value if plain and value != "" else json.dumps(value, ensure_ascii=False)
-        return self.entity(local(identifier), "PropertyValue", name=name, value=written, **more)
-
     def sources(self, job: Job) -> list:
-        """Return where a model or a corpus came from, with revision and licence where they are known."""
+        """Return where a job's model or corpus came from, with revision and license if they are known."""
         facts = self.manifests.get(job.target, {}).get("facts", {})
-        if job.stage in ("download_model", "adopt"):
+        if job.stage in (DOWNLOAD_MODEL.name, ADOPT.name):
             kept = {"version": facts.get("revision"), "name": Path(str(facts.get("source"))).name}
             if not str(facts.get("source")).startswith(("/", "~")):
                 kept["name"] = facts.get("source")
             return [self.entity(local(f"source/{job.name}"), "CreativeWork", **kept)]
-        if job.stage == "download_corpus":
+        if job.stage == DOWNLOAD_CORPUS.name:
             return [
                 self.entity(
                     local(f"source/{job.name}/{name}"), "CreativeWork", name=name,
@@ -258,7 +177,7 @@ class Writer:
         return []
 
     def machine(self, job: Job) -> list:
-        """Return what is known of the machine and the workflow's state, as named values."""
+        """Return what is recorded about a job's machine and the workflow's commit, as named values."""
         keys = ("cpu", "cores", "memory", "gpus", "system", "kernel", "python", "commit", "dirty")
         found = []
         for key in keys:
@@ -268,21 +187,8 @@ class Writer:
             found.append(self.value(f"environment/{key}/{digest}", key, value))
         return found
 
-    def image(self, image: str | None):
-        """Return the container image that a job ran in."""
-        if not image:
-            return None
-        address, _, digest = image.removeprefix("docker://").partition("@sha256:")
-        in_registry = "://" in image
-        return self.entity(
-            local(f"image/{image}"), "ContainerImage", name=address,
-            additionalType={"@id": RUN_TERMS + ("DockerImage" if in_registry else "SIFImage")},
-            registry=address.partition("/")[0] if in_registry else None,
-            sha256=digest or self.image_hashes.get(image),
-        )  # fmt: skip
-
     def usage(self, job: Job) -> list:
-        """Return the seconds and the peak memory of a job, by the names that the profile gives them."""
+        """Return the seconds and the peak memory of a job, under the profile's names."""
         if not job.timing:
             return []
         figures = {
@@ -298,7 +204,7 @@ class Writer:
         ]  # fmt: skip
 
     def engine(self, jobs: list[Job]) -> None:
-        """Add Snakemake, which set the jobs off."""
+        """Add Snakemake, which started the jobs."""
         import importlib.metadata
 
         version = importlib.metadata.version("snakemake")
@@ -308,19 +214,19 @@ class Writer:
             object=[{"@id": local(f"control/{job.name}")} for job in jobs],
         )  # fmt: skip
 
-    @staticmethod
-    def times(environments: list[dict]) -> dict:
-        """Return when the first of some jobs started and the last one ended."""
-        if not environments:
-            return {}
-        return {
-            "startTime": min(one["start"] for one in environments),
-            "endTime": max(one["end"] for one in environments),
-        }
+
+def times(environments: list[dict]) -> dict:
+    """Return when the first of some jobs started and when the last one ended."""
+    if not environments:
+        return {}
+    return {
+        "startTime": min(one["start"] for one in environments),
+        "endTime": max(one["end"] for one in environments),
+    }
 
 
 def listed(crate: dict) -> dict[str, tuple[int, str]]:
-    """Return size and SHA-256 of each file that a crate lists, by name."""
+    """Return the size and SHA-256 of each file that a crate lists, by name."""
     return {
         unquote(entity["@id"]): (int(entity["contentSize"]), entity["sha256"])
         for entity in crate["@graph"]

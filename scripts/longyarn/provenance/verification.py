@@ -1,6 +1,6 @@
-"""A sealed run as it is found: each file against every record of it, and the records against one another.
+"""Checks a sealed run: each file against every record of it, and the records against each other.
 
-The records are SHA256SUMS, the crate, and the manifests.
+The records are SHA256SUMS, the crate and the manifests.
 """
 
 import json
@@ -12,16 +12,17 @@ from longyarn.core import run_directory, superseded
 from longyarn.core.errors import UserError
 from longyarn.core.lineage import chain
 from longyarn.provenance import checksums, ro_crate
+from longyarn.provenance.crate_entities import FIGURES
 
-AFTER_THE_CRATE = {
-    run_directory.CRATE,
-    run_directory.PROVENANCE,
-    run_directory.OWN_RECORD,
-}  # which cannot list these
+# Written with the crate or after it, so the crate cannot list them.
+AFTER_THE_CRATE = {run_directory.CRATE, run_directory.PROVENANCE, run_directory.OWN_RECORD}
 
 
 class Run:
-    """A run: its files, what its records say of them, and what they are. Making one hashes everything."""
+    """A run: its files, what its records say about them, and their real hashes.
+
+    To create one hashes every file that a record lists.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,8 +32,8 @@ class Run:
         self.crate = self.attempt(lambda: ro_crate.listed(self.json(run_directory.CRATE)))
         self.manifests = run_directory.manifests(path, sorted(self.names))
         self.makers = run_directory.Makers(self.manifests)
-        # Directories, and the stages that filled them. Of the figures no manifest has a list.
-        self.payloads = {"figures": "report"} if self.sums or self.crate else {}
+        # Each directory of a payload, and the stage that wrote it. No manifest lists the figures.
+        self.payloads = {FIGURES: stages.REPORT.name} if self.sums or self.crate else {}
         for name, one in self.manifests.items():
             self.payloads |= dict.fromkeys(
                 run_directory.payload_directories(name, one), one["stage"]
@@ -44,17 +45,17 @@ class Run:
         )
 
     def attempt(self, read: Callable[[], dict]) -> dict:
-        """Return what ``read`` does, of the seal or the crate; nothing, and a sentence, where it fails."""
+        """Return what ``read`` returns; if it fails, add a sentence to ``broken`` and return nothing."""
         try:
             return read()
         except UserError as error:
             self.broken.append(str(error))
         except FileNotFoundError:
-            if (self.path / run_directory.SEAL).is_file():  # else that is what is amiss
+            if (self.path / run_directory.SEAL).is_file():  # a missing seal is reported by itself
                 self.broken.append(f"{self.said(run_directory.CRATE)} is missing; restore it")
         except (ValueError, KeyError, TypeError, AttributeError):
             self.broken.append(
-                f"{self.said(run_directory.CRATE)} was changed: it is no crate any more"
+                f"{self.said(run_directory.CRATE)} was changed: it is not a crate anymore"
             )
         return {}
 
@@ -63,19 +64,19 @@ class Run:
         return json.loads((self.path / name).read_bytes())
 
     def said(self, name: str) -> str:
-        """Return a file and the stage that made it, in words."""
+        """Return a file and the stage that made it, to begin a sentence."""
         makers = getattr(self, "makers", run_directory.Makers({}))
         return f"{self.path / name}, made by {makers.stage(name) or 'no known stage'},"
 
     def find_purged(self) -> Iterator[str]:
-        """Yield payload directories that are gone whole and that a finished run does without."""
+        """Yield payload directories that are gone completely and that a finished run can do without."""
         for directory in self.payloads:
             gone = not any(file.startswith(f"{directory}/") for file in self.names)
             if gone and PurePosixPath(directory).name in stages.PURGEABLE:
                 yield directory
 
     def find_records(self) -> dict[str, dict[str, str]]:
-        """Return by file what SHA-256 each record gives it, by the record's name."""
+        """Return, for each file, the SHA-256 that each record lists for it, by the record's name."""
         found: dict[str, dict[str, str]] = {}
         for name, digest in self.sums.items():
             found.setdefault(name, {})[run_directory.SEAL] = digest
@@ -91,7 +92,7 @@ class Run:
         return found
 
     def findings(self) -> Iterator[str]:
-        """Yield a sentence for each thing that does not match."""
+        """Yield one sentence for each mismatch."""
         yield from self.broken
         yield from self.of_files()
         yield from self.of_records()
@@ -99,7 +100,7 @@ class Run:
         yield from self.of_chain()
 
     def of_files(self) -> Iterator[str]:
-        """Compare each file with every record of it; where only some differ, those were changed."""
+        """Compare each file with every record of it; if only some differ, those records were changed."""
         for name, records in sorted(self.records.items()):
             if name not in self.names:
                 if not any(name.startswith(f"{directory}/") for directory in self.purged):
@@ -117,7 +118,7 @@ class Run:
                 )
 
     def of_records(self) -> Iterator[str]:
-        """Compare what SHA256SUMS and the crate list; neither may lack a file."""
+        """Compare what SHA256SUMS and the crate list; neither may lack a file of the other."""
         if self.sums:
             own = AFTER_THE_CRATE & (self.names | {run_directory.CRATE, run_directory.PROVENANCE})
             for name in sorted({*self.crate, run_directory.CONFIG, *own} - {*self.sums}):
@@ -133,7 +134,7 @@ class Run:
                 yield f"{self.said(run_directory.CRATE)} was changed: it lists {name} with another size"
 
     def strays(self) -> Iterator[tuple[str, str]]:
-        """Yield each file that lies in the directory of a payload and is not of it, and the directory."""
+        """Yield each file in a payload's directory that no record lists, together with the directory."""
         for name in sorted(self.names - self.records.keys()):
             above = [str(parent) for parent in PurePosixPath(name).parents]
             holder = next((directory for directory in above if directory in self.payloads), None)
@@ -142,13 +143,13 @@ class Run:
                 yield name, holder
 
     def of_payloads(self) -> Iterator[str]:
-        """Name files that are in a payload and not of it: merged/evil.py."""
+        """Yield one sentence for each file that was added to a payload, such as merged/evil.py."""
         for name, holder in self.strays():
             stage = self.payloads[holder]
             yield f"{self.path / name} lies in {holder}/, where {stage} did not put it; remove it"
 
     def of_chain(self) -> Iterator[str]:
-        """Follow what the report was made from, and what follows it, through to the base and the corpus."""
+        """Follow the report's manifests, and those after it, back to the base and the corpus."""
         try:
             report = self.json(run_directory.REPORT)
             jobs = superseded.followed(self.manifests, report)
@@ -165,15 +166,15 @@ class Run:
             yield f"in {self.path}, {sentence[:-1].replace('the one reported here', 'there is now')}"
 
     def outdated(self) -> list[str]:
-        """Return the manifests of an earlier state; none where the report cannot be read."""
+        """Return the manifests of an earlier state; none if the report cannot be read."""
         try:
             return superseded.outdated(self.manifests, self.real, self.json(run_directory.REPORT))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return []  # an error says more
+            return []  # ``findings`` says what is wrong
 
 
 def listing(records) -> str:
-    """Return which records list something, in words."""
+    """Return which records list something, with their verb: "merged.json lists it"."""
     names = sorted(records)
     if len(names) == 1:
         return f"{names[0]} lists it"
