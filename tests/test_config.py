@@ -29,8 +29,6 @@ MINIMAL = {
         ],
         "held_out": ["books/one"],
     },
-    "training": {"steps": 1, "learning_rate": 0.001},
-    "evaluation": {"perplexity": {"lengths": [512]}, "passkey": {"lengths": [512]}},
 }
 
 
@@ -86,16 +84,20 @@ def test_every_key_has_a_type_and_a_description():
 
 def test_a_minimal_config_gets_every_default_of_the_schema():
     filled = complete(MINIMAL, SCHEMA_PATH)
-    stated = {"training.steps", "corpus.packages", "corpus.held_out"}
+    stated = {"corpus.packages", "corpus.held_out"}
+    derived_values = {
+        "corpus.held_out_documents": {}, "evaluation.perplexity.tokens_per_document": 2048,
+    }  # fmt: skip
     compared = 0
     for path, sub, value in keys(SCHEMA, filled):
         if "default" in sub and "properties" not in sub and path not in stated:
-            assert value == sub["default"], path
+            assert value == derived_values.get(path, sub["default"]), path
             compared += 1
         assert value != "absent", path
     assert compared > 40
     assert "mix" not in MINIMAL, "the caller's config stays as it was"
     assert filled["training"]["lora"]["alpha"] == 128
+    assert (filled["training"]["learning_rate"], filled["training"]["steps"]) == (2.0e-5, 400)
     assert filled["corpus"]["packages"][0]["documents"][0]["encoding"] == "utf-8"
 
 
@@ -209,7 +211,7 @@ MISTAKES = [
     ),
     (
         {"evaluation.perplexity.stride": 256},
-        "stride is now a protocol of its own; write evaluation.perplexity.sliding: {lengths: […], str",
+        "config key 'evaluation.perplexity.stride' is unknown",
     ),
     ({"evaluation.perplexity.tokens_per_document": 99}, "tokens_per_document 99 is less than"),
     (
@@ -247,12 +249,63 @@ def test_a_mistake_gets_one_sentence_that_names_the_key(changes, expected):
     assert len(sentence) < 400
 
 
-def test_what_was_written_otherwise_before_is_still_read():
-    evaluation = DEFAULT["evaluation"]
-    older = evaluation | {"perplexity": evaluation["perplexity"] | {"stride": None}}
-    filled = complete(DEFAULT | {"evaluation": older, "gate": None}, SCHEMA_PATH)
-    assert filled["evaluation"] == complete(DEFAULT, SCHEMA_PATH)["evaluation"]
-    assert set(filled["gate"].values()) == {None}
+def test_a_gate_that_is_null_asks_nothing():
+    assert set(complete(DEFAULT | {"gate": None}, SCHEMA_PATH)["gate"].values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("training", "key", "expected"),
+    [
+        ({"epochs": 1}, "steps", None),
+        ({"epochs": None}, "steps", 400),
+        ({"mode": "full"}, "lora.train_embeddings", False),
+        ({"mode": "full", "lora": {"rank": 8}}, "lora.train_norms", False),
+        ({"mode": "lora"}, "lora.train_norms", True),
+    ],
+)
+def test_a_default_gives_way_to_what_contradicts_it(training, key, expected):
+    found = complete(MINIMAL | {"training": training}, SCHEMA_PATH)
+    for part in ["training", *key.split(".")]:
+        found = found[part]
+    assert found == expected
+
+
+def test_without_held_out_documents_the_first_of_the_first_collection_are_held_out():
+    files = [{"collection": name, "files": f"{name}/*"} for name in ("books", "code")]
+    filled = complete(MINIMAL | {"corpus": {"files": files}}, SCHEMA_PATH)
+    assert filled["corpus"]["held_out_documents"] == {"books": derived.HELD_OUT_DOCUMENTS}
+    named = {"files": files, "held_out": ["code/1"]}
+    filled = complete(MINIMAL | {"corpus": named}, SCHEMA_PATH)
+    assert filled["corpus"]["held_out_documents"] == {}
+
+
+def test_a_completed_configuration_is_complete():
+    """The one that a run is sealed with must be read again as it is."""
+    for training in ({}, {"mode": "full"}, {"epochs": 2}):
+        filled = complete(MINIMAL | {"training": training}, SCHEMA_PATH)
+        assert complete(filled, SCHEMA_PATH) == filled
+
+
+@pytest.mark.parametrize(
+    ("stated", "original", "target", "least", "expected"),
+    [
+        (None, 4096, 32768, 1, [4096, 8192, 16384, 32768]),
+        (None, 4096, 10000, 1, [4096, 8192, 10000]),
+        (None, 8192, 4096, 1, [4096]),
+        (None, 512, 4096, 1024, [1024, 2048, 4096]),
+        (None, None, 4096, 1, [4096]),
+        ([600], 512, 4096, 1024, [600]),
+    ],
+)
+def test_lengths_of_the_evaluation(stated, original, target, least, expected):
+    assert derived.evaluation_lengths(stated, original, target, least) == expected
+
+
+def test_the_original_length_that_the_configuration_states_is_the_one_to_evaluate_at():
+    rope = {"target_length": 4096, "original_max_position_embeddings": 1024}
+    rope |= {"original_reason": "a test"}
+    filled = complete(MINIMAL | {"rope": rope}, SCHEMA_PATH)
+    assert derived.evaluation(filled, 2048)["passkey"]["lengths"] == [1024, 2048, 4096]
 
 
 def test_a_long_value_is_cut():

@@ -180,8 +180,9 @@ def activations(shape: Shape, setup: Setup) -> tuple[float, float, float]:
     return shape.num_hidden_layers * layer + last, moving, largest
 
 
-def evaluation_memory(shape: Shape, evaluation: dict, on_gpu: bool) -> tuple[float, float]:
+def evaluation_memory(shape: Shape, config: dict, on_gpu: bool) -> tuple[float, float]:
     """Return bytes of the weights and of all else of an evaluation job; no gradients are kept."""
+    evaluation = derived.evaluation(config, shape.max_position_embeddings)
     width = WIDTH[evaluation["precision"]]
     longest = max(
         length for name in instruments(evaluation) for length in evaluation[name]["lengths"]
@@ -228,9 +229,9 @@ def training_flops(shape: Shape, setup: Setup, tokens: float) -> float:
 
 def evaluation_flops(shape: Shape, config: dict, instrument: str) -> float:
     """Return the operations of one instrument on one variant."""
-    settings = config["evaluation"][instrument]
+    settings = derived.evaluation(config, shape.max_position_embeddings)[instrument]
     if instrument == "perplexity":
-        read = perplexity_tokens(config)
+        read = perplexity_tokens(settings, config["corpus"])
     elif instrument == "harness":  # as if all were RULER's, the longest there are
         examples = len(settings["tasks"]) * (settings["limit"] or RULER_EXAMPLES)
         read = [(length, length * examples) for length in settings["lengths"]]
@@ -240,9 +241,11 @@ def evaluation_flops(shape: Shape, config: dict, instrument: str) -> float:
     return sum(tokens * sum(forward_flops(shape, length)) for length, tokens in read)
 
 
-def perplexity_tokens(config: dict) -> list[tuple[int, int]]:
-    """Return each window length and the tokens read at it; truncate and by_position read none."""
-    settings, corpus = config["evaluation"]["perplexity"], config["corpus"]
+def perplexity_tokens(settings: dict, corpus: dict) -> list[tuple[int, int]]:
+    """Return each window length and the tokens read at it; truncate and by_position read none.
+
+    ``settings`` is config section `evaluation.perplexity` with its lengths.
+    """
     documents = len(corpus["held_out"]) + sum(corpus["held_out_documents"].values())
     taken = settings["tokens_per_document"]
     read = [(length, documents * taken) for length in settings["lengths"]]

@@ -147,8 +147,8 @@ def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
         # A tensor that was trained whole, read in 32 bits, is the most; the embedding is the largest.
         return PROCESS + 300 * MIB + 2 * 4 * shape.vocab_size * shape.hidden_size
     if stage in INSTRUMENTS:
-        evaluation, on_gpu = config["evaluation"], training["gpus"] > 0
-        weights, work = estimate.evaluation_memory(shape, evaluation, on_gpu)
+        on_gpu = training["gpus"] > 0
+        weights, work = estimate.evaluation_memory(shape, config, on_gpu)
         if on_gpu:  # the weights pass through host memory
             return GPU_PROCESS + 1.2 * weights
         return PROCESS + 1.2 * (weights + work)
@@ -239,7 +239,7 @@ def evaluation_gpus(config: dict, shape: Shape | None) -> int:
 
 def evaluation_memory(config: dict, shape: Shape, gpus: int) -> float:
     """Return the bytes on each of several GPUs; whole layers divide unevenly, so a tenth is added."""
-    weights, work = estimate.evaluation_memory(shape, config["evaluation"], True)
+    weights, work = estimate.evaluation_memory(shape, config, True)
     return weights * (1 if gpus == 1 else 1.1 / gpus) + work
 
 

@@ -27,6 +27,7 @@ class Shape:
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    max_position_embeddings: int | None = None
 
     @classmethod
     def of(cls, config: dict, name: str = "config.json") -> "Shape":
@@ -67,6 +68,7 @@ class Shape:
             output_bias=biases,
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
+            max_position_embeddings=config.get("max_position_embeddings"),
         )
 
     @property

@@ -10,6 +10,9 @@ from longyarn.core.errors import UserError
 # Of section training; a phase or a cell has no machines of its own.
 OF_THE_RUN = ("nodes", "gpus", "threads")
 
+# Of section training.lora: what is trained whole beside the adapter.
+BESIDE_THE_ADAPTER = ("train_embeddings", "train_norms", "train_output_head")
+
 
 def instruments(evaluation: dict) -> list[str]:
     """Return the instruments that a run looks at each variant with, from the section `evaluation`."""
@@ -28,24 +31,25 @@ def check(config: dict) -> None:
     check_source(config)
     target = config["rope"]["target_length"]
     for instrument in instruments(config["evaluation"]):
-        for length in config["evaluation"][instrument]["lengths"]:
+        for length in config["evaluation"][instrument]["lengths"] or []:
             if length > target:
                 raise UserError(
                     f"evaluation.{instrument}.lengths has {length}, beyond rope.target_length {target}; "
                     "lower it or raise the target"
                 )
-    check_perplexity(config["evaluation"]["perplexity"])
+    check_perplexity(config["evaluation"]["perplexity"], target)
     haystack = config["evaluation"]["passkey"]["haystack"]
     if haystack and not Path(haystack).is_file():
         raise UserError(f"evaluation.passkey.haystack {haystack} is no file; mend the path")
     corpus = config["corpus"]
+    check_corpus(corpus)
     if not corpus["held_out"] and not corpus["held_out_documents"]:
         raise UserError(
             "nothing is held out for evaluation; name documents in corpus.held_out, or how many of a "
             "collection in corpus.held_out_documents"
         )
-    check_corpus(corpus)
     check_training(config)
+    check_added_weights(config["training"])
     variants.check(config)
     check_gate(config)
 
@@ -97,9 +101,10 @@ def check_gate(config: dict) -> None:
         thresholds.check_lengths(config["gate"], lengths, known)
 
 
-def check_perplexity(perplexity: dict) -> None:
+def check_perplexity(perplexity: dict, target: int) -> None:
     """Refuse protocols of perplexity that cannot be made from the documents that `tiled` reads."""
-    longest, limit = max(perplexity["lengths"]), perplexity["tokens_per_document"]
+    longest = max(perplexity["lengths"] or [target])
+    limit = perplexity["tokens_per_document"]
     if limit < longest:
         raise UserError(
             f"evaluation.perplexity.tokens_per_document {limit} is less than the longest length "
@@ -165,8 +170,11 @@ def check_corpus(corpus: dict) -> None:
 
 def collections(corpus: dict) -> list[str]:
     """Return the collection of each source of a corpus; a package names one as often as it likes."""
-    packages = {rule["collection"] for source in corpus["packages"] for rule in source["documents"]}
-    return [*packages, *(entry["collection"] for entry in corpus["files"] + corpus["datasets"])]
+    packages = [rule["collection"] for source in corpus["packages"] for rule in source["documents"]]
+    return [
+        *dict.fromkeys(packages),
+        *(entry["collection"] for entry in corpus["files"] + corpus["datasets"]),
+    ]
 
 
 def _near(name: str, known: set[str]) -> str:
@@ -236,9 +244,12 @@ def check_training(config: dict) -> None:
         raise UserError(
             "training.early_stopping counts held-out losses; set training.held_out_steps to measure them"
         )
-    lora = training["lora"]
-    extra = [key for key in ("train_embeddings", "train_norms", "train_output_head") if lora[key]]
-    if training["mode"] == "full" and extra:
+
+
+def check_added_weights(training: dict) -> None:
+    """Refuse weights to train beside the adapter where there is no adapter."""
+    extra = [key for key in BESIDE_THE_ADAPTER if training["lora"][key]]
+    if training["mode"] == "full" and extra and not training["source"]:
         raise UserError(
             f"training.lora.{extra[0]} belongs to training.mode lora; full trains every weight anyway"
         )

@@ -1,8 +1,49 @@
-"""How a batch is split: figures that the config check, the plan and training must agree on."""
+"""Values that follow from other settings, on which the checks, the plan and the stages must agree."""
 
 from longyarn.core.errors import UserError
 
+HELD_OUT_DOCUMENTS = 10  # of the first collection, where the configuration names none
+LEAST_HARNESS_LENGTH = (
+    1024  # in fewer tokens, lm_eval can search forever for a prompt of ruler_vt that fits
+)
 LOSS_CHUNK = 1024  # positions whose logits the chunked loss holds at once
+
+
+def evaluation_lengths(
+    stated: list[int] | None, original: int | None, target: int, least: int = 1
+) -> list[int]:
+    """Return the lengths, in tokens, at which an instrument evaluates.
+
+    Either the ``stated`` ones or ``original``, the model's original length, doubled up to ``target``. Of the
+    latter, only ``target`` can be below ``least``. If the original length is None, it is ``target`` alone.
+    """
+    if stated:
+        return stated
+    found, length = [], original or target
+    while length < target:
+        found.append(length)
+        length *= 2
+    return [length for length in found if length >= least] + [target]
+
+
+def evaluation(config: dict, original: int | None) -> dict:
+    """Return config section `evaluation` with the lengths of every instrument filled in, for the plan.
+
+    ``original`` is the model's max_position_embeddings, None if it is unknown.
+    """
+    section, rope = config["evaluation"], config["rope"]
+    original = rope["original_max_position_embeddings"] or original
+    least = {"perplexity": 1, "passkey": 1, "harness": LEAST_HARNESS_LENGTH}
+    filled = {
+        name: section[name]
+        | {
+            "lengths": evaluation_lengths(
+                section[name]["lengths"], original, rope["target_length"], shortest
+            )
+        }
+        for name, shortest in least.items()
+    }
+    return section | filled
 
 
 def sequence_length(config: dict) -> int:

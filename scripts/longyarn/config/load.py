@@ -8,7 +8,14 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from longyarn.config.checks import OF_THE_RUN, check, check_training
+from longyarn.config import derived
+from longyarn.config.checks import (
+    BESIDE_THE_ADAPTER,
+    OF_THE_RUN,
+    check,
+    check_training,
+    collections,
+)
 from longyarn.config.phases import configurations, within
 from longyarn.core.errors import UserError
 
@@ -43,11 +50,9 @@ TYPES = {
 def complete(config: dict, schema_path: Path) -> dict:
     """Return ``config`` with every default of the schema filled in, or raise one clear sentence."""
     schema = yaml.safe_load(Path(schema_path).read_text(encoding="utf-8"))
-    filled = _with_defaults(_of_today(config), schema)
+    filled = _with_defaults(_with_dependent_defaults(config), schema)
     _validate(filled, schema)
-    # A file on top of another takes a collection out by null.
-    counts = filled["corpus"]["held_out_documents"]
-    filled["corpus"]["held_out_documents"] = {n: v for n, v in counts.items() if v is not None}
+    filled = _derived(filled)
     check(filled)
     if filled["sweep"]["factors"] and filled["phases"]:
         raise UserError(
@@ -62,22 +67,42 @@ def complete(config: dict, schema_path: Path) -> dict:
     return filled
 
 
-def _of_today(config: dict) -> dict:
-    """Return a config with what was written otherwise before as it is now."""
-    if config.get("gate", {}) is None:  # the gate off
+def _with_dependent_defaults(config: dict) -> dict:
+    """Return a config with the defaults that depend on what else it states.
+
+    It is not validated yet, so a value of the wrong type stays as it is.
+    """
+    if config.get("gate", {}) is None:
         config = config | {"gate": {}}
-    try:
-        perplexity = config["evaluation"]["perplexity"]
-        stride = perplexity.get("stride")
-    except (KeyError, TypeError, AttributeError):
+    training = config.get("training")
+    if not isinstance(training, dict):
         return config
-    if stride is not None:
-        raise UserError(
-            "evaluation.perplexity.stride is now a protocol of its own; write evaluation.perplexity.sliding: "
-            f"{{lengths: […], stride: {stride}}}"
-        )
-    kept = {key: value for key, value in perplexity.items() if key != "stride"}
-    return config | {"evaluation": config["evaluation"] | {"perplexity": kept}}
+    if training.get("epochs") is not None:
+        training = {"steps": None} | training
+    if training.get("mode") == "full" and isinstance(lora := training.get("lora", {}), dict):
+        # Training of every weight includes these, so they are no additions to an adapter.
+        training = training | {"lora": dict.fromkeys(BESIDE_THE_ADAPTER, False) | lora}
+    return config | {"training": training}
+
+
+def _derived(config: dict) -> dict:
+    """Return a valid config with the values that follow from others in place of null.
+
+    Lengths of the evaluation stay null: they follow from the model, which may not be downloaded yet.
+    """
+    corpus, evaluation = config["corpus"], config["evaluation"]
+    counts, perplexity = corpus["held_out_documents"], evaluation["perplexity"]
+    if counts is None:
+        first = [] if corpus["held_out"] else collections(corpus)[:1]
+        counts = dict.fromkeys(first, derived.HELD_OUT_DOCUMENTS)
+    # A file layered on another takes a collection out with null.
+    counts = {name: count for name, count in counts.items() if count is not None}
+    if perplexity["tokens_per_document"] is None:
+        perplexity = perplexity | {"tokens_per_document": 2 * config["rope"]["target_length"]}
+    return config | {
+        "corpus": corpus | {"held_out_documents": counts},
+        "evaluation": evaluation | {"perplexity": perplexity},
+    }
 
 
 def _check_part(part: dict, run: dict, schema: dict) -> None:

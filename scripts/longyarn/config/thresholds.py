@@ -39,24 +39,27 @@ def check_variants(thresholds: dict, variants: list[str]) -> None:
         if thresholds[key] is not None and missing:
             raise UserError(
                 f"gate.{key} needs the variant {missing[0]!r}; add it to evaluation.variants, or set "
-                f"gate.{key}, which config.yaml asks by default, to null"
+                f"gate.{key} to null"
             )
 
 
-def check_lengths(thresholds: dict, lengths: dict[str, list[int]], known: dict[str, int]) -> None:
+def check_lengths(
+    thresholds: dict, lengths: dict[str, list[int] | None], known: dict[str, int]
+) -> None:
     """Refuse a threshold at a length that is not evaluated.
 
-    ``lengths`` are those of each instrument in tokens; ``known`` has the original and the target length,
-    either of which may be absent where it is not known yet.
+    ``lengths`` are those of each instrument in tokens. None stands for derived lengths, which include both.
+    ``known`` has the original and the target length; a length that is not known yet is absent.
     """
     extended = known.get("original") != known.get("target")
     for key, needs in NEEDS.items():
         # The ratio over lengths means nothing where there is one length.
         if thresholds[key] is None or (key == "perplexity_ratio" and not extended):
             continue
-        for name in needs.at:
-            if name in known and known[name] not in lengths[needs.instrument]:
+        evaluated = lengths[needs.instrument]
+        for name in needs.at if evaluated else ():
+            if name in known and known[name] not in evaluated:
                 raise UserError(
                     f"gate.{key} needs evaluation.{needs.instrument}.lengths to have {MEANING[name]}, "
-                    f"{known[name]}; add it, or set gate.{key}, which config.yaml asks by default, to null"
+                    f"{known[name]}; add it, or set gate.{key} to null"
                 )
