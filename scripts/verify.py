@@ -23,11 +23,13 @@ from longyarn.core.errors import UserError, program
 from longyarn.core.files import sha256
 from longyarn.provenance.verification import Run
 from longyarn.reporting.assemble import assemble
+from longyarn.stages import GATE, REPORT, TRAIN
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 REPORT_SCRIPT = Path(__file__).with_name("report.py")
-# Sections of the configuration, and the manifest whose settings are the keys that the stage ran with.
-SECTIONS = {"training": "trained.json", "gate": "verified.json"}
+GATED = f"{GATE.manifest}.json"
+# Sections of the configuration, and the manifest that records with which of their keys a stage ran.
+SECTIONS = {"training": f"{TRAIN.manifest}.json", "gate": GATED}
 
 
 def main() -> None:
@@ -70,7 +72,7 @@ def of_figures(run: Run) -> Iterator[str]:
         {job: run.manifests[name] for job, name in jobs.items()},
         {job: run.real[name] for job, name in jobs.items()},
         said["rope"]["trained"],
-        run.manifests["verified.json"]["settings"],
+        run.manifests[GATED]["settings"],
         code_hash(REPORT_SCRIPT),
     )
     made["model"]["disclosure"] = said["model"]["disclosure"]
@@ -84,7 +86,7 @@ def of_figures(run: Run) -> Iterator[str]:
 def why_not_computed(run: Run) -> str | None:
     """Return why the report cannot be computed again here, or None."""
     said = run.json(run_directory.REPORT)
-    if said["code"]["report"] != code_hash(REPORT_SCRIPT):
+    if said["code"][REPORT.name] != code_hash(REPORT_SCRIPT):
         return "the report's code is different here"
     if not all(superseded.reported(run.manifests, said).values()):
         return "a variant is the model of another run"
@@ -112,7 +114,7 @@ def notes(run: Run) -> Iterator[str]:
     )
     if later:
         yield (
-            f"not sealed, because they came later: {len(later)} of the files here, {min(later)} for one; "
+            f"not sealed, because they came later: {len(later)} of the files here, for example {min(later)}; "
             "`snakemake --forcerun provenance` seals them"
         )
     if (run.path / run_directory.MARK).is_file():
@@ -124,7 +126,7 @@ def notes(run: Run) -> Iterator[str]:
     try:
         why = why_not_computed(run)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # an error says more
+        return  # ``findings`` says what is wrong
     if why:
         yield f"the figures of the report are not computed again, because {why}"
 

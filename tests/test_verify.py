@@ -100,7 +100,8 @@ def test_a_file_added_to_a_payload_is_found_and_elsewhere_it_is_said(copy, capsy
     (copy / "later.txt").write_text("of a later stage")
     run(verify, copy)
     assert (
-        "because they came later: 1 of the files here, later.txt for one" in capsys.readouterr().err
+        "because they came later: 1 of the files here, for example later.txt"
+        in capsys.readouterr().err
     )
 
 
