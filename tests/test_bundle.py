@@ -1,4 +1,4 @@
-"""The archive of a run: elsewhere, with no network, it verifies and its evaluation gives the same figures."""
+"""The archive of a run: elsewhere, without a network, it verifies and evaluates to the same figures."""
 
 import shutil
 import subprocess

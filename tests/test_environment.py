@@ -1,4 +1,4 @@
-"""Where and when a job ran: what the record says, and that it can fail no stage but by a full disk."""
+"""The record of where and when a job ran: its content, and that only a full disk makes a stage fail."""
 
 import getpass
 import json
@@ -20,7 +20,7 @@ def written(path) -> dict:
 
 
 def write(path) -> None:
-    """Write a manifest as a stage does."""
+    """Write a manifest in the way that a stage does."""
     manifest.write(
         path, script=ROOT / "scripts/gate.py", settings={}, inputs={}, files=[], facts={}
     )
@@ -87,7 +87,7 @@ def test_the_commit_is_the_workflow_s_own_and_says_if_files_differ(tmp_path):
     assert job_record.commit_of(tmp_path) == commit
     (tmp_path / "file").write_text("two")
     assert job_record.commit_of(tmp_path) == f"{commit}-dirty"
-    # A copy without its own history does not take that of the repository around it.
+    # A copy without its own history does not use that of the repository around it.
     (tmp_path / "copy").mkdir()
     assert job_record.commit_of(tmp_path / "copy") is None
 

@@ -63,7 +63,7 @@ def test_each_miss_is_one_sentence_with_figure_and_threshold(tmp_path, key, chan
     assert [other for other in ASKED if f"gate.{other}" in sentence] == [key]
     assert not (tmp_path / "verified.json").exists()
     assert words in (tmp_path / "NOT_VERIFIED.txt").read_text()
-    # Switched off, the same figures pass.
+    # Without that threshold, the same figures pass.
     run(gate, *made(tmp_path, ASKED | {key: None}, **changes))
     assert not (tmp_path / "NOT_VERIFIED.txt").exists()
 

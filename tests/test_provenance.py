@@ -1,4 +1,4 @@
-"""The seal of a run: what it lists, that others' tools accept it, and what is not sealed."""
+"""The seal of a run: what it lists, that other tools accept it, and what is refused."""
 
 import json
 import shutil
@@ -95,7 +95,7 @@ def test_the_workflow_is_what_ran_without_caches(finished, results):
         ).read_bytes()
     names = run_directory.everything(results / "workflow")
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
-    # Much of it is the micro base.
+    # Most of it is the micro base.
     assert sum((results / "workflow" / name).stat().st_size for name in names) < 10e6
 
 

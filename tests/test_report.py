@@ -1,4 +1,4 @@
-"""The report: its verdict, the structure of report.json, and a page that stands by itself."""
+"""The report: its verdict, the structure of report.json, and a page that needs no other file."""
 
 import json
 import math
@@ -28,7 +28,7 @@ FOUND = {"base": {512: 30, 4096: 0}, "trained": {512: 30, 4096: 30}}
 
 
 def perplexity_facts(values: dict[int, float], documents=DOCUMENTS, too_short=()) -> dict:
-    """Return facts as the perplexity stage writes them; documents differ in how hard they are."""
+    """Return facts as the perplexity stage writes them; documents differ in difficulty."""
     lengths = {}
     for length, value in values.items():
         losses = {
@@ -139,7 +139,7 @@ def test_one_document_gives_no_interval_and_decides_nothing():
 
 
 def test_ratios_are_paired_by_document():
-    """Each document gets better by the same factor: the ratio is known however they differ."""
+    """Each document improves by the same factor, so the ratio is known although the documents differ."""
     found = shown().ratio("trained", 4096, "trained", 512)
     assert found == pytest.approx((28.0 / 31.2,) * 3, rel=2e-3)
     with pytest.raises(UserError, match="different tokens"):
@@ -235,7 +235,7 @@ def test_labels_are_spread_but_stay_in_order():
     assert sum(places[:3]) / 3 == pytest.approx(0.11)
 
 
-# The whole stage, on manifests of a run that never was.
+# The whole stage, on invented manifests.
 
 
 class Run:
@@ -379,7 +379,7 @@ def test_the_json_holds_what_was_promised(made):
 
 
 def test_every_key_is_documented(made):
-    """Every key of report.json but names of variants, lengths and settings is in docs/report.md."""
+    """docs/report.md has every key of report.json, except names of variants, lengths and settings."""
     report = json.loads((made / "report.json").read_text())
     text = (ROOT / "docs" / "report.md").read_text()
     inner = ("verdict", "model", "rope", "corpus", "mix", "training", "chain")
@@ -419,7 +419,7 @@ class Elements(HTMLParser):
             self.ids.append(found["id"])
 
 
-def test_the_page_stands_by_itself(made):
+def test_the_page_needs_no_other_file(made):
     text = (made / "report.html").read_text()
     page = Elements()
     page.feed(text)
@@ -452,7 +452,7 @@ def test_each_figure_lies_beside_the_page(made):
 def test_the_report_is_the_same_twice(made, tmp_path):
     assert Run(tmp_path).report(tmp_path / "out").returncode == 0
     again = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
-    # All but the record of when it was made.
+    # All but the record of when the report was made.
     again.remove(tmp_path / "out/environments/report.json")
     assert len(again) == 9
     for path in again:

@@ -1,4 +1,4 @@
-"""Two runs of one configuration, each in a directory of its own, make the same bytes."""
+"""Two runs of one configuration in different directories write the same bytes."""
 
 import json
 import shutil
@@ -11,23 +11,23 @@ from stages import MICRO_BASE, bring
 from longyarn.core import manifest
 from longyarn.core.files import sha256
 
-# These tell when each job ran and how long it took.
+# These contain times.
 OF_THEIR_TIME = {"benchmarks", "environments", "logs", "report.html", "report.json"}
-# And with them the record of all, and its hashes.
+# These contain hashes of files that contain times.
 OF_THEIR_TIME |= {"ro-crate-metadata.json", "provenance.json", "SHA256SUMS"}
 MADE = ("pack", "trained", "merged", "perplexity/trained", "passkey/trained")
 
 
 @pytest.fixture(scope="module")
 def again(tmp_path_factory) -> Path:
-    """The results of the test configuration, run once more, elsewhere and with another ``--cores``."""
+    """The results of the test configuration, run again in another directory with another ``--cores``."""
     workspace = Workspace(tmp_path_factory.mktemp("again"))
     workspace.snakemake("--cores=1")
     return workspace.directory / "results" / "tests"
 
 
 def hashes(run: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a run, but of those that tell its time."""
+    """Return the SHA-256 of each file of a run, except those that contain times."""
     files = (path for path in run.rglob("*") if path.is_file())
     names = {path.relative_to(run): path for path in files}
     return {

@@ -1,4 +1,4 @@
-"""Sweeps: cells are whole configurations, what they share is computed once, and one table comes out."""
+"""Sweeps: cells are full configurations, shared work is done once, and one table compares them."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def names(factors: dict, design: str = "one_at_a_time") -> list[str]:
 
 def test_one_at_a_time_each_cell_differs_in_one_value():
     found = sweep_cells.cells(swept({"training.steps": [50, 75], "rope.method": ["ntk"]}))
-    # 75 steps are the default's own.
+    # The default has 75 steps, so that value makes no cell of its own.
     assert list(found) == ["", "cells/training.steps=50/", "cells/rope.method=ntk/"]
     few = found["cells/training.steps=50/"]
     assert few["training"] == DEFAULT["training"] | {"steps": 50}
@@ -89,7 +89,7 @@ def test_a_stage_lies_where_the_changes_that_decide_on_it_say():
     )
     assert found["patch_rope"] == ["", "", "", "", "", ramp, ""]
     assert found["pack"] == ["", "", seed, seed, ntk, ramp, other]
-    # Also where no cell is of that place alone, and whatever other cells there are.
+    # Even if no cell has only that change, and whatever other cells there are.
     assert sweep_cells.places(swept(factors))[other] == {"mix.seed": 2}
     assert other not in sweep_cells.cells(swept(factors))
 
@@ -133,11 +133,11 @@ def test_presets_are_valid(preset):
     assert 10 < len(sweep_cells.cells(made)) <= 30
 
 
-# The table, on figures of a sweep that never was.
+# The table, on invented figures.
 
 
 def made(directory, values: dict) -> list:
-    """Write a run's manifests with a perplexity at 4096 and keys of 30 found, by the cells' changes."""
+    """Write manifests of a run; ``values`` has each cell's perplexity and keys found (of 30) at 4096."""
     for changes, (perplexity, keys) in values.items():
         place = directory / sweep_cells.directory(dict(changes))
         of = {512: 31.0, 4096: perplexity}
@@ -242,12 +242,12 @@ def test_a_finished_run_is_the_default_cell(finished):
     assert finished.planned({"sweep": {"factors": factors}}, "sweep") == {
         "pack": 1, "train": 2, "merge": 2, "perplexity": 2, "passkey": 2, "sweep": 1,
     }  # fmt: skip
-    # And the run itself is not concerned, but for the configuration that is sealed with it.
+    # Of the run itself only the seal is made again, because it contains the configuration.
     assert finished.planned({"sweep": {"factors": factors}}) == {"provenance": 1}
 
 
 def test_what_cells_share_is_packed_for_their_steps_not_for_the_run_s(finished_copy):
-    """The run reads 8192 tokens, the one cell 2048 of its own 4096."""
+    """The run reads 8192 tokens; the cell has 4096 and reads 2048 of them."""
     overrides = {"sweep": {"factors": {"x": [{"training.steps": 1, "mix.token_budget": 4096}]}}}
     target = "results/tests/cells/mix.token_budget=4096/pack.json"
     assert finished_copy.planned(overrides, "sweep")["pack"] == 1
@@ -273,7 +273,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(finished_copy):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
-        # One cell is trained, and the other begins: Snakemake has then written down the first.
+        # When the second cell starts to train, Snakemake has recorded the first one.
         while len(list(made.glob("logs/cells/*/train.log"))) < 2:
             assert started.poll() is None, "the sweep ended before it could be killed"
             time.sleep(0.05)
@@ -294,7 +294,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(finished_copy):
         "default", "training.learning_rate=0.0005", "training.learning_rate=0.002",
     ]  # fmt: skip
     assert all(cell["train_seconds"] > 0 for cell in found["cells"].values())
-    # To the sealed run it is nothing, and sealed again with it, it fits.
+    # The sealed run does not include the sweep; when it is sealed again, it does.
     assert verify.findings(Run(made)) == []
     finished_copy.snakemake(overrides=overrides)
     assert verify.findings(Run(made)) == [] and "sweep.json" in checksums.read(made)

@@ -1,4 +1,4 @@
-"""Variants that the config defines by name: each is evaluated alone, and all are compared."""
+"""Variants that the configuration defines: each adds only its own jobs, and the report compares all."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from longyarn.reporting import comparisons, style
 
 
 def test_newcombe_s_published_intervals():
-    """Newcombe 1998, table II, the row of method 10."""
+    """Newcombe 1998, table II, the row for method 10."""
     published = {
         (56, 70, 48, 80): (0.0524, 0.3339),
         (9, 10, 3, 10): (0.1705, 0.8090),
@@ -132,7 +132,7 @@ def test_the_rope_of_another_run_is_told_by_its_hash(tmp_path):
 
 
 def test_all_three_kinds_stand_in_one_report(finished_copy):
-    """The base at another factor, another run's model, a published one: each adds its own jobs alone."""
+    """The base with another factor, another run's model and a published one: each adds only its own jobs."""
     run = finished_copy.directory / "results" / "tests"
     shutil.copytree(run, run.with_name("other"))
     published = shutil.copytree(

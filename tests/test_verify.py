@@ -1,4 +1,4 @@
-"""Verify: whatever file of a sealed run is tampered with is named, and what may be missing is said."""
+"""Verify: it names any file of a sealed run that was changed, and notes what is legitimately missing."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ VERIFY = ROOT / "scripts" / "verify.py"
 
 @pytest.fixture(scope="module")
 def whole(finished, tmp_path_factory):
-    """A copy of the finished run; who changes it puts it back."""
+    """A copy of the finished run; a test that changes it must restore it."""
     directory = tmp_path_factory.mktemp("verify") / "tests"
     shutil.copytree(finished.directory / "results" / "tests", directory)
     return directory
@@ -37,7 +37,7 @@ def found(directory) -> list[str]:
 
 
 def flip(content: bytes) -> bytes:
-    """Return content with one bit of its middle byte turned."""
+    """Return content with one bit of its middle byte flipped."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
@@ -46,7 +46,7 @@ WAYS = {"flip": flip, "append": lambda content: content + b" ", "delete": lambda
 
 
 def test_tampering_with_any_one_file_is_found_and_named(whole):
-    """Each file but those that change after the seal; of the workflow's copies each in one of the ways."""
+    """Every sealed file, in every way; each file of the workflow's copy in one of the ways."""
     assert found(whole) == []
     names = [*checksums.read(whole), run_directory.SEAL]
     assert {"config.yaml", "report.json", "merged/model.safetensors", run_directory.CRATE} <= {
@@ -113,7 +113,7 @@ def test_a_stamp_of_snakemake_that_holds_something_is_found(copy):
 
 
 def seal_all(directory) -> None:
-    """Forge the records so that they fit the files: the crate, provenance.json, SHA256SUMS."""
+    """Forge the crate, provenance.json and SHA256SUMS so that they match the files."""
     hashes = checksums.hashes(directory, checksums.read(directory), "hash")
     crate = json.loads((directory / run_directory.CRATE).read_text())
     for entity in crate["@graph"]:
@@ -163,7 +163,7 @@ def test_a_forged_configuration_with_forged_records_is_found_by_what_ran(copy):
 
 
 def test_another_configuration_than_an_adopted_model_had_is_found(copy):
-    """Its manifest has of section training the source and the revision alone."""
+    """Its manifest records only the source and the revision of section training."""
     edit_json(
         copy / "trained.json", stage="adopt", settings={"source": "elsewhere", "revision": None}
     )
@@ -178,7 +178,7 @@ def test_another_configuration_than_an_adopted_model_had_is_found(copy):
 
 
 def test_a_manifest_that_nothing_asks_for_any_more_is_a_note(copy, capsys):
-    """Of another push, another checkpoint and a dropped variant; that of the report's own is an error."""
+    """Manifests of an old push, checkpoint, cell and variant; a stale one of the report is an error."""
     for name, source in {
         "push.json": "verified.json",
         "step-2/trained.json": "trained.json",
