@@ -14,7 +14,7 @@ min_version("9.27")
 # The configuration of the micro model. A configuration of your own takes nothing from it.
 if not workflow.overwrite_configfiles:
 
-    configfile: "config.yaml"
+    configfile: workflow.source_path("config.yaml")
 
 
 include: "rules/common.smk"
@@ -28,7 +28,17 @@ include: "rules/download_corpus.smk"
 include: "rules/patch_rope.smk"
 include: "rules/tokenise.smk"
 include: "rules/pack.smk"
-include: f"rules/{TRAINED_BY}.smk"
+
+
+if FROM_ELSEWHERE:
+
+    include: "rules/adopt.smk"
+
+else:
+
+    include: "rules/train.smk"
+
+
 include: "rules/checkpoint.smk"
 include: "rules/merge.smk"
 include: "rules/perplexity.smk"
@@ -67,7 +77,7 @@ rule all:
     """The report, the model that it is about, the gate that it passed, and the seal on all of it."""
     default_target: True
     input:
-        PRODUCTS,
+        layout.products(),
         f"{RUN}/SHA256SUMS",
 
 
@@ -78,8 +88,8 @@ rule prefetch:
         f"{RUN}/base",
         f"{RUN}/corpus.json",
         f"{RUN}/corpus",
-        expand(f"{RUN}/models/{{name}}.json", name=PUBLISHED),
-        expand(f"{RUN}/models/{{name}}", name=PUBLISHED),
+        expand(f"{RUN}/models/{{name}}.json", name=layout.published),
+        expand(f"{RUN}/models/{{name}}", name=layout.published),
         [f"{RUN}/trained.json", f"{RUN}/trained"] if FROM_ELSEWHERE else [],
 
 
@@ -94,4 +104,4 @@ onstart:
 
 
 onsuccess:
-    print_verdict()
+    print(layout.outcome(), file=sys.stderr)

@@ -14,7 +14,7 @@ localrules:
 rule adopt:
     input:
         unpack(start_of_phase),
-        source=local_trained_files,
+        lambda wildcards: files_of(config["training"]["source"], EXTERNAL_MODEL_FILES),
     output:
         manifest=f"{RUN}/trained.json",
         payload=directory(f"{RUN}/trained"),
@@ -28,10 +28,11 @@ rule adopt:
         runtime=request("adopt", "runtime"),
     params:
         code=code("adopt"),
+        script=program("adopt"),
         source=config["training"]["source"],
         revision=unless_null("--revision", config["training"]["revision"]),
         cache=config["paths"]["cache"],
     shell:
-        "python scripts/adopt.py --base {input.base} --rope {input.rope} --source {params.source:q}"
+        "python {params.script:q} --base {input.base} --rope {input.rope} --source {params.source:q}"
         " {params.revision} --cache {params.cache:q} --manifest {output.manifest}"
         " --output {output.payload} 2>&1 | tee {log}"

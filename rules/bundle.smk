@@ -18,5 +18,6 @@ rule bundle:
         runtime=request("bundle", "runtime"),
     params:
         code=code("bundle"),
+        script=program("bundle"),
     shell:
-        "python scripts/bundle.py --seal {input.seal:q} --output {output.archive:q} 2>&1 | tee {log}"
+        "python {params.script:q} --seal {input.seal:q} --output {output.archive:q} 2>&1 | tee {log}"

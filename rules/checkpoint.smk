@@ -17,20 +17,19 @@ rule checkpoint:
     benchmark:
         f"{RUN}/benchmarks/step-{{step}}/checkpoint.tsv"
     resources:
-        # Not params: a changed setting or code would delete an output that cannot be made again.
-        settings=lambda wildcards: as_json(training_of(wildcards)),
-        training_code=code("train"),
         mem_mb=request("checkpoint", "mem_mb"),
         runtime=request("checkpoint", "runtime"),
     params:
         code=code("checkpoint"),
-        defining=lambda wildcards: as_json(
-            identity.defining_settings(training_of(wildcards))
-        ),
+        script=program("checkpoint"),
+        defining=as_json(identity.defining_settings(options.training(config))),
+        # If these changed, Snakemake would delete an output that cannot be made again.
+        settings=unrecorded(options.training_settings(config)),
+        training_code=unrecorded(code("train")),
         work=config["paths"]["work"],
         trained=f"{RUN}/trained.json",
     shell:
-        "python scripts/checkpoint.py --base {input.base} --rope {input.rope} --pack {input.pack}"
-        " --settings {resources.settings} --code {resources.training_code} --work {params.work:q}"
+        "python {params.script:q} --base {input.base} --rope {input.rope} --pack {input.pack}"
+        " --settings {params.settings} --code {params.training_code} --work {params.work:q}"
         " --trained {params.trained} --step {wildcards.step} --manifest {output.manifest}"
         " --output {output.payload} 2>&1 | tee {log}"

@@ -3,7 +3,11 @@
 
 rule download_corpus:
     input:
-        local_corpus_files,
+        [
+            str(file)
+            for entry in config["corpus"]["files"]
+            for file in local_files.matches(entry["files"])
+        ],
     output:
         manifest=f"{RUN}/corpus.json",
         payload=directory(f"{RUN}/corpus"),
@@ -16,12 +20,13 @@ rule download_corpus:
         runtime=request("download_corpus", "runtime"),
     params:
         code=code("download_corpus"),
+        script=program("download_corpus"),
         packages=as_json(config["corpus"]["packages"]),
         files=as_json(config["corpus"]["files"]),
         datasets=as_json(config["corpus"]["datasets"]),
         skip_bad="--skip-bad" if config["corpus"]["skip_bad"] else "",
         cache=config["paths"]["cache"],
     shell:
-        "python scripts/download_corpus.py --packages {params.packages} --files {params.files}"
+        "python {params.script:q} --packages {params.packages} --files {params.files}"
         " --datasets {params.datasets} {params.skip_bad} --cache {params.cache:q}"
         " --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"

@@ -6,7 +6,7 @@ The base, or a published model that it is compared with (evaluation.more_variant
 
 rule download_model:
     input:
-        local_model_files,
+        lambda wildcards: files_of(layout.source_of(wildcards.get("variant"))["source"], BASE_MODEL_FILES),
     output:
         manifest=f"{RUN}/base.json",
         payload=directory(f"{RUN}/base"),
@@ -19,14 +19,15 @@ rule download_model:
         runtime=request("download_model", "runtime"),
     params:
         code=code("download_model"),
-        source=lambda wildcards: source_of(wildcards)["source"],
+        script=program("download_model"),
+        source=lambda wildcards: layout.source_of(wildcards.get("variant"))["source"],
         revision=lambda wildcards: unless_null(
-            "--revision", source_of(wildcards).get("revision")
+            "--revision", layout.source_of(wildcards.get("variant")).get("revision")
         ),
         trust="--trust-remote-code" if config["model"]["trust_remote_code"] else "",
         cache=config["paths"]["cache"],
     shell:
-        "python scripts/download_model.py --source {params.source:q} {params.revision} {params.trust}"
+        "python {params.script:q} --source {params.source:q} {params.revision} {params.trust}"
         " --cache {params.cache:q} --manifest {output.manifest} --output {output.payload}"
         " 2>&1 | tee {log}"
 

@@ -6,11 +6,10 @@ It is made whether or not the gate passes, which the card says; `push` needs the
 
 rule export:
     input:
-        merge=f"{RUN}/merged.json",
-        model=ancient(f"{RUN}/merged"),
-        rope=f"{RUN}/rope/{TRAINED_ROPE}.json",
+        **results(merge=f"{RUN}/merged"),
+        rope=f"{layout.rope()}.json",
         report=f"{RUN}/report.json",
-        template="resources/card.md.jinja",
+        template=workflow_file("resources/card.md.jinja"),
     output:
         manifest=f"{RUN}/export.json",
         payload=directory(f"{RUN}/export"),
@@ -24,12 +23,13 @@ rule export:
         runtime=request("export", "runtime"),
     params:
         code=code("export"),
+        script=program("export"),
         settings=as_json(
             {key: config["export"][key] for key in ("name", "license", "language")}
         ),
         thresholds=as_json(config["gate"]),
     shell:
-        "python scripts/export.py --merge {input.merge} --rope {input.rope}"
+        "python {params.script:q} --merge {input.merge} --rope {input.rope}"
         " --report {input.report} --thresholds {params.thresholds} --settings {params.settings}"
-        " --template {input.template} --manifest {output.manifest} --output {output.payload}"
+        " --template {input.template:q} --manifest {output.manifest} --output {output.payload}"
         " 2>&1 | tee {log}"

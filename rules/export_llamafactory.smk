@@ -8,8 +8,7 @@ Nothing else asks for it. Of a run in phases it is the last phase.
 rule export_llamafactory:
     input:
         unpack(start_of_phase),
-        pack=f"{RUN}/pack.json",
-        sequences=ancient(f"{RUN}/pack"),
+        **results(pack=f"{RUN}/pack"),
     output:
         manifest=f"{RUN}/llamafactory.json",
         payload=directory(f"{RUN}/llamafactory"),
@@ -22,8 +21,9 @@ rule export_llamafactory:
         runtime=request("export_llamafactory", "runtime"),
     params:
         code=code("export_llamafactory"),
-        settings=lambda wildcards: as_json(training_of(wildcards)),
+        script=program("export_llamafactory"),
+        settings=options.training_settings(config),
     shell:
-        "python scripts/export_llamafactory.py --base {input.base} --rope {input.rope}"
+        "python {params.script:q} --base {input.base} --rope {input.rope}"
         " --pack {input.pack} --settings {params.settings} --manifest {output.manifest}"
         " --output {output.payload} 2>&1 | tee {log}"

@@ -21,9 +21,10 @@ rule gate:
         runtime=request("gate", "runtime"),
     params:
         code=code("gate"),
+        script=program("gate"),
         thresholds=as_json(config["gate"]),
         mark=f"{RUN}/NOT_VERIFIED.txt",
     shell:
-        "python scripts/gate.py --report {input.report} --merge {input.merge}"
+        "python {params.script:q} --report {input.report} --merge {input.merge}"
         " --thresholds {params.thresholds} --mark {params.mark} --manifest {output.manifest}"
         " 2>&1 | tee {log}"

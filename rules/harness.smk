@@ -15,13 +15,14 @@ rule harness:
         f"{RUN}/benchmarks/harness.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
     resources:
-        **GPU_TYPE,
+        **options.gpu_model(config),
         mem_mb=request("harness", "mem_mb"),
         runtime=request("harness", "runtime"),
         gpu=request("harness", "gpu"),
         nodes=1,  # SLURM could spread several GPUs over machines
     params:
         code=code("harness"),
+        script=program("harness"),
         precision=config["evaluation"]["precision"],
         attention=config["evaluation"]["attention"],
         threads=config["evaluation"]["threads"],
@@ -32,7 +33,7 @@ rule harness:
             "--num-fewshot", config["evaluation"]["harness"]["num_fewshot"]
         ),
     shell:
-        "python scripts/harness.py --variant {wildcards.variant} --model {input.model}"
+        "python {params.script:q} --variant {wildcards.variant} --model {input.model}"
         " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
         " --threads {params.threads} --gpus {resources.gpu} --tasks {params.tasks:q}"
         " --lengths {params.lengths} {params.limit} {params.num_fewshot}"

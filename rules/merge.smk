@@ -4,8 +4,7 @@
 rule merge:
     input:
         unpack(start_of_phase),
-        train=f"{RUN}/{{phase}}trained.json",
-        adapter=ancient(f"{RUN}/{{phase}}trained"),
+        **results(train=f"{RUN}/{{phase}}trained"),
     output:
         manifest=f"{RUN}/{{phase}}merged.json",
         payload=directory(f"{RUN}/{{phase}}merged"),
@@ -21,11 +20,12 @@ rule merge:
         runtime=request("merge", "runtime"),
     params:
         code=code("merge"),
+        script=program("merge"),
         threads=config["training"]["threads"],
         dtype=unless_null("--dtype", config["merge"]["dtype"]),
         work=config["paths"]["work"],
     shell:
-        "python scripts/merge.py --base {input.base} --rope {input.rope} --train {input.train}"
+        "python {params.script:q} --base {input.base} --rope {input.rope} --train {input.train}"
         " {params.dtype} --threads {params.threads} --work {params.work:q}"
         " --manifest {output.manifest} --output {output.payload}"
         " 2>&1 | tee {log}"

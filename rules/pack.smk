@@ -3,9 +3,8 @@
 
 rule pack:
     input:
-        tokens=f"{RUN}/tokens.json",
-        token_files=ancient(f"{RUN}/tokens"),
-        rope=lambda wildcards: f"{trained_rope(wildcards)}.json",
+        **results(tokens=f"{RUN}/tokens"),
+        rope=lambda wildcards: f"{layout.rope(wildcards.phase)}.json",
     output:
         manifest=f"{RUN}/{{phase}}pack.json",
         payload=directory(f"{RUN}/{{phase}}pack"),
@@ -16,11 +15,15 @@ rule pack:
     resources:
         mem_mb=request("pack", "mem_mb"),
         runtime=request("pack", "runtime"),
-        to_read=tokens_to_read,
     params:
         code=code("pack"),
-        mix=mix_options,
+        script=program("pack"),
+        mix=of_phase(options.mix),
+        # With more steps, training goes on with the same sequences.
+        to_read=unrecorded(
+            lambda wildcards: options.tokens_to_read(layout, wildcards.phase)
+        ),
     shell:
-        "python scripts/pack.py --tokens {input.tokens} --rope {input.rope}"
-        " {params.mix} {resources.to_read}"
+        "python {params.script:q} --tokens {input.tokens} --rope {input.rope}"
+        " {params.mix} {params.to_read}"
         " --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"

@@ -13,13 +13,14 @@ rule passkey:
         f"{RUN}/benchmarks/{{phase}}passkey.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
     resources:
-        **GPU_TYPE,
+        **options.gpu_model(config),
         mem_mb=request("passkey", "mem_mb"),
         runtime=request("passkey", "runtime"),
         gpu=request("passkey", "gpu"),
         nodes=1,  # SLURM could spread several GPUs over machines
     params:
         code=code("passkey"),
+        script=program("passkey"),
         precision=config["evaluation"]["precision"],
         attention=config["evaluation"]["attention"],
         threads=config["evaluation"]["threads"],
@@ -31,7 +32,7 @@ rule passkey:
         needles=config["evaluation"]["passkey"]["needles"],
         haystack=unless_null("--haystack", config["evaluation"]["passkey"]["haystack"]),
     shell:
-        "python scripts/passkey.py --variant {wildcards.variant} --model {input.model}"
+        "python {params.script:q} --variant {wildcards.variant} --model {input.model}"
         " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
         " --threads {params.threads} --gpus {resources.gpu} --lengths {params.lengths}"
         " --depths {params.depths} --trials {params.trials} --digits {params.digits} --seed {params.seed}"

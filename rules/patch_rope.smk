@@ -3,8 +3,7 @@
 
 rule patch_rope:
     input:
-        base=lambda wildcards: f"{weights_of(wildcards.variant)}.json",
-        model=lambda wildcards: ancient(weights_of(wildcards.variant)),
+        unpack(lambda wildcards: results(base=layout.weights_of(wildcards.variant))),
     output:
         manifest=f"{RUN}/{{phase}}rope/{{variant}}.json",
         payload=directory(f"{RUN}/{{phase}}rope/{{variant}}"),
@@ -17,7 +16,10 @@ rule patch_rope:
         runtime=request("patch_rope", "runtime"),
     params:
         code=code("patch_rope"),
-        settings=rope_settings,
+        script=program("patch_rope"),
+        settings=lambda wildcards: options.rope_settings(
+            layout, wildcards.variant, wildcards.phase
+        ),
     shell:
-        "python scripts/patch_rope.py --base {input.base} --settings {params.settings}"
+        "python {params.script:q} --base {input.base} --settings {params.settings}"
         " --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"

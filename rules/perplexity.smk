@@ -4,8 +4,7 @@
 rule perplexity:
     input:
         unpack(variant_inputs),
-        tokens=f"{RUN}/tokens.json",
-        token_files=ancient(f"{RUN}/tokens"),
+        **results(tokens=f"{RUN}/tokens"),
     output:
         manifest=f"{RUN}/{{phase}}perplexity/{{variant}}.json",
     log:
@@ -14,19 +13,20 @@ rule perplexity:
         f"{RUN}/benchmarks/{{phase}}perplexity.{{variant}}.tsv"
     threads: config["evaluation"]["threads"]
     resources:
-        **GPU_TYPE,
+        **options.gpu_model(config),
         mem_mb=request("perplexity", "mem_mb"),
         runtime=request("perplexity", "runtime"),
         gpu=request("perplexity", "gpu"),
         nodes=1,  # SLURM could spread several GPUs over machines
     params:
         code=code("perplexity"),
+        script=program("perplexity"),
         precision=config["evaluation"]["precision"],
         attention=config["evaluation"]["attention"],
         threads=config["evaluation"]["threads"],
         settings=as_json(config["evaluation"]["perplexity"]),
     shell:
-        "python scripts/perplexity.py --variant {wildcards.variant} --model {input.model}"
+        "python {params.script:q} --variant {wildcards.variant} --model {input.model}"
         " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
         " --threads {params.threads} --gpus {resources.gpu} --tokens {input.tokens}"
         " --settings {params.settings} --manifest {output.manifest} 2>&1 | tee {log}"

@@ -12,4 +12,4 @@ rule plan:
     params:
         settings=as_json(config),
     shell:
-        "python scripts/plan.py --settings {params.settings} 2>&1 | tee {log}"
+        "python {params.script:q} --settings {params.settings} 2>&1 | tee {log}"

@@ -7,7 +7,7 @@ a job that failed, and of the configuration there may be no other copy.
 
 rule provenance:
     input:
-        PRODUCTS,
+        layout.products(),
         manifests=[name for name in rules.report.input if name.endswith(".json")],
         report=f"{RUN}/report.json",
     output:
@@ -23,8 +23,9 @@ rule provenance:
         runtime=request("provenance", "runtime"),
     params:
         code=code("provenance"),
+        script=program("provenance"),
         settings=as_json(config),
         images=IMAGE if IN_APPTAINER and "://" not in IMAGE else [],
     shell:
-        "python scripts/provenance.py --seal {output.seal:q} --settings {params.settings}"
+        "python {params.script:q} --seal {output.seal:q} --settings {params.settings}"
         " --images {params.images:q} 2>&1 | tee {log}"

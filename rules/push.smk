@@ -3,8 +3,7 @@
 
 rule push:
     input:
-        export=f"{RUN}/export.json",
-        model=ancient(f"{RUN}/export"),
+        **results(export=f"{RUN}/export"),
         gate=f"{RUN}/verified.json",
     output:
         manifest=f"{RUN}/push.json",
@@ -18,9 +17,10 @@ rule push:
         runtime=request("push", "runtime"),
     params:
         code=code("push"),
+        script=program("push"),
         repository=config["export"]["repository"] or "",
         private="--private" if config["export"]["private"] else "",
     shell:
-        "python scripts/push.py --export {input.export} --gate {input.gate}"
+        "python {params.script:q} --export {input.export} --gate {input.gate}"
         " --repository={params.repository:q} {params.private} --manifest {output.manifest}"
         " 2>&1 | tee {log}"

@@ -7,10 +7,10 @@ computed once: `owner` in common.smk tells where it lies. Nothing else asks for 
 
 rule sweep:
     input:
-        rope=f"{RUN}/rope/{TRAINED_ROPE}.json",
-        train=expand(f"{RUN}/{{cell}}trained.json", cell=CELLS),
-        perplexity=expand(f"{RUN}/{{cell}}perplexity/trained.json", cell=CELLS),
-        passkey=expand(f"{RUN}/{{cell}}passkey/trained.json", cell=CELLS),
+        rope=f"{RUN}/rope/{trained_rope(config)}.json",
+        train=expand(f"{RUN}/{{cell}}trained.json", cell=layout.cells),
+        perplexity=expand(f"{RUN}/{{cell}}perplexity/trained.json", cell=layout.cells),
+        passkey=expand(f"{RUN}/{{cell}}passkey/trained.json", cell=layout.cells),
     output:
         json=f"{RUN}/sweep.json",
         page=f"{RUN}/sweep.md",
@@ -25,10 +25,11 @@ rule sweep:
         runtime=request("sweep", "runtime"),
     params:
         code=code("sweep"),
+        script=program("sweep"),
         cells=as_json(sweep_cells.all_changes(config)),
         benchmarks=f"{RUN}/benchmarks",
     shell:
-        "python scripts/sweep.py --rope {input.rope} --cells {params.cells} --train {input.train:q}"
+        "python {params.script:q} --rope {input.rope} --cells {params.cells} --train {input.train:q}"
         " --perplexity {input.perplexity:q} --passkey {input.passkey:q} --benchmarks {params.benchmarks:q}"
         " --json {output.json} --page {output.page} --png {output.png} --svg {output.svg}"
         " 2>&1 | tee {log}"

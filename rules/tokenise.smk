@@ -3,14 +3,14 @@
 Parts that are finished lie in the work directory until all are, so a job that was stopped goes on.
 """
 
+CHAT_TEMPLATE = config["corpus"]["chat_template"]
+
 
 rule tokenise:
     input:
-        base=f"{RUN}/base.json",
-        model=ancient(f"{RUN}/base"),
-        corpus=f"{RUN}/corpus.json",
-        documents=ancient(f"{RUN}/corpus"),
-        template=chat_template_file(),
+        **results(base=f"{RUN}/base", corpus=f"{RUN}/corpus"),
+        # An edited template tokenises again.
+        template=str(chat_templates.path_of(CHAT_TEMPLATE)) if CHAT_TEMPLATE else [],
     output:
         manifest=f"{RUN}/tokens.json",
         payload=directory(f"{RUN}/tokens"),
@@ -24,12 +24,13 @@ rule tokenise:
         runtime=request("tokenise", "runtime"),
     params:
         code=code("tokenise"),
+        script=program("tokenise"),
         held_out=config["corpus"]["held_out"],
         held_out_documents=as_json(config["corpus"]["held_out_documents"]),
-        template=unless_null("--chat-template", config["corpus"]["chat_template"]),
+        template=unless_null("--chat-template", CHAT_TEMPLATE),
         work=config["paths"]["work"],
     shell:
-        "python scripts/tokenise.py --base {input.base} --corpus {input.corpus}"
+        "python {params.script:q} --base {input.base} --corpus {input.corpus}"
         " --held-out {params.held_out:q} --held-out-documents {params.held_out_documents}"
         " {params.template} --workers {threads} --work {params.work:q}"
         " --manifest {output.manifest} --output {output.payload} 2>&1 | tee {log}"

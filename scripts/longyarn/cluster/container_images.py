@@ -101,12 +101,12 @@ def program() -> str:
     return "singularity" if found else "apptainer"
 
 
-def environment(config: dict) -> dict[str, str]:
-    """Return the variables that bind the config's directories and keep the host's Python out.
+def environment(config: dict, make: bool = True) -> dict[str, str]:
+    """Return the variables that bind the directories a job needs and keep the host's Python out.
 
-    Apptainer itself mounts the working directory (as the home), /tmp and little else. The directories
-    of the config are made, because what is not there cannot be bound; UserError if that fails. What the
-    user has set stays.
+    Apptainer itself mounts only the working directory (as the home), /tmp and a few others. The config's
+    directories are made first unless ``make`` is False, because a missing directory cannot be bound;
+    UserError if that fails. Variables that the user has set stay.
     """
     host, name = os.environ, program().upper()
     cache = Path(config["paths"]["cache"]).resolve()
@@ -123,7 +123,8 @@ def environment(config: dict) -> dict[str, str]:
     paths = [Path(path) for path in config["paths"].values()]
     for key, path in zip(config["paths"], paths, strict=True):
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            if make:
+                path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"paths.{key} cannot be made ({error}); choose another") from None
     sources = [config["model"]["source"], config["training"]["source"]]

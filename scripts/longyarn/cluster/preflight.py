@@ -106,7 +106,7 @@ def image(run: Run) -> str:
     """Each image is there. Snakemake has pulled those of a registry before this runs."""
     paths = {str(job.container_img_path) for job in run.jobs if job.container_img_path}
     # Training on several machines enters its image by itself; the last word of its command is the file.
-    commands = (job.resources.get("inside_image") for job in run.jobs)
+    commands = (job.params.get("inside_image") for job in run.jobs)
     paths |= {shlex.split(command)[-1] for command in commands if command}
     if not paths:
         raise NotChecked("no job to come runs in a container (--sdm apptainer)")

@@ -111,23 +111,3 @@ def content_hash(path: Path, facts: Iterable[str] | None = None) -> str:
     kept = {key: value for key, value in manifest["facts"].items() if facts is None or key in facts}
     text = json.dumps([manifest["files"], kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def set_aside_incomplete(manifests: Iterable[Path]) -> list[str]:
-    """Rename each manifest whose payload is incomplete. Returns a sentence for each.
-
-    Scratch file systems delete single files inside a directory, and Snakemake does not notice that.
-    Without its manifest a stage counts as not done, so it runs again where its files are needed.
-    """
-    notes = []
-    for path in map(Path, manifests):
-        if not path.is_file():
-            continue
-        try:
-            broken = problems(path, read_json(path))
-        except (UserError, KeyError, TypeError, AttributeError) as error:
-            broken = [f"{path} is not a manifest ({error})"]
-        if broken:
-            os.replace(path, path.with_name(path.name + ".incomplete"))
-            notes.append(broken[0])
-    return notes
