@@ -1,10 +1,10 @@
 """Put a sealed run and its workflow into one archive, to verify and evaluate the run elsewhere.
 
+    python scripts/bundle.py --seal results/micro/SHA256SUMS --output results/micro.tar
+
 The corpus, the packed sequences and the exports to other frameworks are left out: no evaluation needs them,
 and you often may not pass them on. The tokens are included, because perplexity needs them. They hold the
 training text as token ids, so pass an archive on only if you may pass on that text.
-
-    python scripts/bundle.py --seal results/micro/SHA256SUMS --output results/micro.tar
 """
 
 import argparse

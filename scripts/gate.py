@@ -1,13 +1,12 @@
 """Compare a run's figures with the thresholds of config section `gate`.
 
+    python scripts/gate.py --report results/micro/report.json --merge results/micro/merged.json \\
+        --thresholds '{"perplexity_ratio": 1, "passkey_rate": 0.9, "merge_error": 0.5}' \\
+        --mark results/micro/NOT_VERIFIED.txt --manifest results/micro/verified.json
+
 A figure passes if its value does; a message says if its interval includes the threshold. If a threshold is
 missed, the program ends with one sentence and exit code 1. Nothing is deleted: the file NOT_VERIFIED.txt
 marks the run until the gate passes.
-
-    cd results/micro
-    python ../../scripts/gate.py --report report.json --merge merged.json \\
-        --thresholds '{"perplexity_ratio": 1, "passkey_rate": 0.9, "merge_error": 0.5}' \\
-        --mark NOT_VERIFIED.txt --manifest verified.json
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """Seal a run: write its full configuration, a copy of the workflow, the record of all jobs, and SHA256SUMS.
 
-Every file of the run is hashed and compared with the manifests before anything is written: a run that does
-not match is not sealed. The configuration, the workflow and the record are not outputs of the rule, because
-Snakemake deletes the outputs of a job that failed. docs/provenance.md says what the files are for.
+    python scripts/provenance.py --seal results/micro/SHA256SUMS --settings '{"run": "micro", …}'
 
-    python scripts/provenance.py --seal results/micro/SHA256SUMS --settings "$(cat settings.json)"
+--settings is the full configuration as JSON (`snakemake -p` prints it). Every file of the run is hashed and
+compared with the manifests before anything is written: a run that does not match is not sealed. The
+configuration, the workflow and the record are not outputs of the rule, because Snakemake deletes the outputs
+of a job that failed. docs/provenance.md says what the files are for.
 """
 
 import argparse

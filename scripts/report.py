@@ -1,17 +1,17 @@
 """Write the report: a page to read, and the same figures as JSON and PNG.
 
+    R=results/micro
+    python scripts/report.py --base $R/base.json --corpus $R/corpus.json --tokens $R/tokens.json \\
+        --pack $R/pack.json --train $R/trained.json --merge $R/merged.json \\
+        --rope base=$R/rope/base.json yarn=$R/rope/yarn.json --trained-rope yarn \\
+        --perplexity base=$R/perplexity/base.json trained=$R/perplexity/trained.json \\
+        --passkey base=$R/passkey/base.json trained=$R/passkey/trained.json \\
+        --thresholds '{"perplexity_ratio": 1, "retention_ratio": 1.03, "passkey_rate": 0.9}' \\
+        --template resources/report.html.jinja --benchmarks $R/benchmarks \\
+        --html $R/report.html --json $R/report.json --figures $R/figures
+
 Everything comes from the manifests. Nothing is measured and no model is loaded, so the report takes seconds
 and can be made again at any time. docs/report.md describes every key of the JSON.
-
-    cd results/micro
-    python ../../scripts/report.py --base base.json --corpus corpus.json --tokens tokens.json \\
-        --pack pack.json --train trained.json --merge merged.json \\
-        --rope base=rope/base.json yarn=rope/yarn.json --trained-rope yarn \\
-        --perplexity base=perplexity/base.json trained=perplexity/trained.json \\
-        --passkey base=passkey/base.json trained=passkey/trained.json \\
-        --thresholds '{"perplexity_ratio": 1, "retention_ratio": 1.03, "passkey_rate": 0.9}' \\
-        --template ../../resources/report.html.jinja --benchmarks benchmarks \\
-        --html report.html --json report.json --figures figures
 """
 
 import argparse

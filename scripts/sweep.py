@@ -1,11 +1,13 @@
 """Compare the cells of a sweep with the run itself: a table, and a figure of what each change does.
 
-    cd results/micro
-    python ../../scripts/sweep.py --rope rope/yarn.json --cells '[{}, {"training.steps": 50}]' \\
-        --train trained.json cells/training.steps=50/trained.json \\
-        --perplexity perplexity/trained.json cells/training.steps=50/perplexity/trained.json \\
-        --passkey passkey/trained.json cells/training.steps=50/passkey/trained.json \\
-        --benchmarks benchmarks --json sweep.json --page sweep.md --png sweep.png --svg sweep.svg
+    R=results/micro C=$R/cells/training.steps=50
+    python scripts/sweep.py --rope $R/rope/yarn.json --cells '[{}, {"training.steps": 50}]' \\
+        --train $R/trained.json $C/trained.json \\
+        --perplexity $R/perplexity/trained.json $C/perplexity/trained.json \\
+        --passkey $R/passkey/trained.json $C/passkey/trained.json --benchmarks $R/benchmarks \\
+        --json $R/sweep.json --page $R/sweep.md --png $R/sweep.png --svg $R/sweep.svg
+
+docs/sweeps.md describes the table and the keys of the JSON.
 """
 
 import argparse

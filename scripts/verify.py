@@ -1,11 +1,11 @@
 """Verify a sealed run: is it still what it was when it was sealed?
 
+    python scripts/verify.py results/micro
+
 Every file is hashed and compared with SHA256SUMS, the crate and its manifest. Manifests are followed to those
 that they were made from, and the report's figures are computed again. For each mismatch there is one
 sentence, and the exit code is 1. docs/provenance.md says what that proves. Neither torch nor a network is
 needed.
-
-    python scripts/verify.py results/micro
 """
 
 import argparse
