@@ -16,9 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "results" / "micro"
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import passkey  # noqa: E402
 from longyarn.core.torch_setup import set_up_torch  # noqa: E402
-from longyarn.evaluation import shared_prefixes  # noqa: E402
+from longyarn.evaluation import passkey_prompts, shared_prefixes  # noqa: E402
 from longyarn.models import loading  # noqa: E402
 
 ROUNDS = 3
@@ -29,12 +28,12 @@ def grid() -> dict[tuple, list[tuple[list[int], int]]]:
     settings = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     settings = settings["evaluation"]["passkey"]
     tokenizer = loading.load_tokenizer(RUN / "base", False)
-    filler = passkey.read_haystack(tokenizer, None)
+    filler = passkey_prompts.read_haystack(tokenizer, None)
     how = (settings["trials"], settings["digits"], settings["seed"], settings["needles"])
     return {
         (length, depth): [
-            passkey.prompt(tokenizer, needles, length, depth, filler)
-            for needles in passkey.draw_needles(*how, length, depth)
+            passkey_prompts.prompt(tokenizer, needles, length, depth, filler)
+            for needles in passkey_prompts.draw_needles(*how, length, depth)
         ]
         for length in settings["lengths"]
         for depth in settings["depths"]
@@ -45,8 +44,8 @@ def ours(model, prompts: dict) -> dict[tuple, int]:
     """Return the keys found in each cell, as the stage finds them."""
     reader = shared_prefixes.Reader(model)
     found = dict.fromkeys(prompts, 0)
-    for cell, batch in passkey.in_order(prompts):
-        found[cell] += sum(passkey.retrieved(reader, batch))
+    for cell, batch in passkey_prompts.in_order(prompts):
+        found[cell] += sum(passkey_prompts.retrieved(reader, batch))
     return found
 
 

@@ -17,7 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import perplexity  # noqa: E402
+from longyarn.evaluation import perplexity_protocols  # noqa: E402
 from longyarn.evaluation.window_losses import window_losses  # noqa: E402
 
 LONGEST, TEXTS, ROUNDS = 2048, 4, 5
@@ -42,7 +42,7 @@ def micro_base():
 def one_pass(model, texts: dict[str, np.ndarray]) -> dict[str, float]:
     """Return perplexity by length from one pass."""
     whole = window_losses(model, texts, LONGEST, None, "")
-    curve = perplexity.truncate(whole, LENGTHS)
+    curve = perplexity_protocols.truncate(whole, LENGTHS)
     return {length: figure["value"] for length, figure in curve.items()}
 
 
@@ -51,7 +51,9 @@ def pass_per_length(model, texts: dict[str, np.ndarray]) -> dict[str, float]:
     curve = {}
     for length in LENGTHS:
         cut = {name: ids[:length] for name, ids in texts.items()}
-        curve |= perplexity.truncate(window_losses(model, cut, length, None, ""), [length])
+        curve |= perplexity_protocols.truncate(
+            window_losses(model, cut, length, None, ""), [length]
+        )
     return {length: figure["value"] for length, figure in curve.items()}
 
 

@@ -1,38 +1,28 @@
-"""Make sure, before training, that every evaluation asked for can be done after it.
+"""Check, before training, that every evaluation in the config will be possible after it.
 
-Held-out documents must be long enough for the perplexity windows, and the passkey prompt must fit its
-lengths: both depend on the tokenizer, so the config alone cannot tell. Nor can it tell the model's
-original length, which thresholds are about. The rule train runs this first.
+    python scripts/check_evaluation.py --base results/micro/base.json \
+        --rope results/micro/rope/yarn.json --tokens results/micro/tokens.json \
+        --perplexity-lengths 512 4096 --tokens-per-document 16384 --passkey-lengths 512 4096 \
+        --digits 5 --thresholds '{"perplexity_ratio": 1.05}'
+
+Held-out documents must be long enough for the perplexity windows, and the passkey prompts must fit into
+their lengths. Both depend on the tokenizer, so the config alone cannot tell. Nor can it tell the model's
+original length, which thresholds refer to. The rule train runs this script first.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import passkey
-import perplexity
 from longyarn.config import thresholds
 from longyarn.core import manifest
 from longyarn.core.errors import program
+from longyarn.evaluation import passkey_prompts, perplexity_protocols
 from longyarn.models import loading
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
-    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
-    parser.add_argument("--tokens", type=Path, required=True, help="manifest of the tokens")
-    parser.add_argument("--perplexity-lengths", type=int, nargs="+", required=True)
-    parser.add_argument("--tokens-per-document", type=int, required=True)
-    parser.add_argument("--passkey-lengths", type=int, nargs="+", required=True)
-    parser.add_argument("--digits", type=int, required=True, help="digits of a key")
-    parser.add_argument(
-        "--thresholds", type=json.loads, required=True, help="config section `gate`, as JSON"
-    )
-    parser.add_argument("--needles", type=int, default=1, help="keys in a prompt")
-    parser.add_argument("--haystack", type=Path, help="text that hides them; default: the filler")
-    arguments = parser.parse_args()
-
+    arguments = parse_arguments()
     base = manifest.read(arguments.base)["facts"]
     tokens = manifest.read_facts(arguments.tokens)
     held_out = {document["id"]: document["tokens"] for document in tokens["held_out"]}
@@ -46,14 +36,37 @@ def main() -> None:
         },
     )
     longest = max(arguments.perplexity_lengths)
-    perplexity.whole_windows(held_out, longest, arguments.tokens_per_document)
+    perplexity_protocols.whole_windows(held_out, longest, arguments.tokens_per_document)
     tokenizer = loading.load_tokenizer(
         arguments.base.parent / base["directory"], base["trust_remote_code"]
     )
-    haystack = passkey.read_haystack(tokenizer, arguments.haystack)
+    haystack = passkey_prompts.read_haystack(tokenizer, arguments.haystack)
     for length in arguments.passkey_lengths:
-        (needles,) = passkey.draw_needles(1, arguments.digits, 0, arguments.needles, length, 0.5)
-        passkey.prompt(tokenizer, needles, length, 0.5, haystack)
+        (needles,) = passkey_prompts.draw_needles(
+            1, arguments.digits, 0, arguments.needles, length, 0.5
+        )
+        passkey_prompts.prompt(tokenizer, needles, length, 0.5, haystack)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
+    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
+    parser.add_argument("--tokens", type=Path, required=True, help="manifest of the tokens")
+    parser.add_argument("--perplexity-lengths", type=int, nargs="+", required=True)
+    parser.add_argument("--tokens-per-document", type=int, required=True)
+    parser.add_argument("--passkey-lengths", type=int, nargs="+", required=True)
+    parser.add_argument("--digits", type=int, required=True, help="digits of a key")
+    parser.add_argument(
+        "--thresholds", type=json.loads, required=True, help="config section `gate`, as JSON"
+    )
+    parser.add_argument("--needles", type=int, default=1, help="keys in a prompt")
+    parser.add_argument(
+        "--haystack", type=Path, help="text file that hides the keys; default: the filler"
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

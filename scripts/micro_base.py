@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-import passkey
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import new_directory, write_json
 from longyarn.data.documents import read_shards
-from longyarn.evaluation import shared_prefixes
+from longyarn.evaluation import passkey_prompts, shared_prefixes
 
 WINDOW = 512
 VOCABULARY = 2048
@@ -170,7 +169,12 @@ def train_tokenizer(texts: list[str]):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    template = passkey.PREFIX + passkey.FILLER + passkey.KEY_LINE.format(key="") + passkey.QUESTION
+    template = (
+        passkey_prompts.PREFIX
+        + passkey_prompts.FILLER
+        + passkey_prompts.KEY_LINE.format(key="")
+        + passkey_prompts.QUESTION
+    )
     tokenizer.train_from_iterator([*texts, (template + "\n") * 300], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -227,13 +231,13 @@ class Exercises:
         self.bos = tokenizer.bos_token_id
         self.digits = [encode(str(digit))[0] for digit in range(10)]
         self.space = encode(" ")[0]
-        self.prefix = encode(passkey.PREFIX)
-        self.filler = encode(passkey.FILLER)
-        self.question = encode(passkey.QUESTION)
+        self.prefix = encode(passkey_prompts.PREFIX)
+        self.filler = encode(passkey_prompts.FILLER)
+        self.question = encode(passkey_prompts.QUESTION)
         self.stop = encode(".\n")
-        before, between, after = passkey.KEY_LINE.split("{key}")
+        before, between, after = passkey_prompts.KEY_LINE.split("{key}")
         self.before, self.between, self.after = encode(before), encode(between), encode(after)
-        sample = encode(passkey.KEY_LINE.format(key="907"))
+        sample = encode(passkey_prompts.KEY_LINE.format(key="907"))
         if sample != self.key_line([self.digits[9], self.digits[0], self.digits[7]])[0]:
             raise UserError("the tokenizer merges a digit of a key with what stands beside it")
 
@@ -451,14 +455,16 @@ def measure(model, tokenizer, held_out: np.ndarray) -> dict:
         str(length): round(perplexity(model, held_out, length), 2) for length in (WINDOW, 4096)
     }
     reader, retrieved = shared_prefixes.Reader(model), {}
-    filler = passkey.read_haystack(tokenizer, None)
+    filler = passkey_prompts.read_haystack(tokenizer, None)
     for digits, length in itertools.product(PROBE_DIGITS, PROBE_LENGTHS):
         hits: list[bool] = []
         for depth in PROBE_DEPTHS:
-            keys = passkey.draw_keys(PROBE_TRIALS, digits, PROBE_SEED, length, depth)
-            prompts = [passkey.prompt(tokenizer, {"": key}, length, depth, filler) for key in keys]
-            for batch in passkey.batches(prompts):
-                hits += passkey.retrieved(reader, batch)
+            keys = passkey_prompts.draw_keys(PROBE_TRIALS, digits, PROBE_SEED, length, depth)
+            prompts = [
+                passkey_prompts.prompt(tokenizer, {"": key}, length, depth, filler) for key in keys
+            ]
+            for batch in passkey_prompts.batches(prompts):
+                hits += passkey_prompts.retrieved(reader, batch)
         cell = {"successes": sum(hits), "trials": len(hits)}
         retrieved.setdefault(str(digits), {})[str(length)] = cell
     return {"held_out_perplexity": perplexities, "passkey": retrieved}

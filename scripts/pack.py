@@ -1,64 +1,38 @@
-"""Mix long and short documents and pack them to full length.
+"""Mix long and short documents and pack them into training sequences of full length.
 
-The payload is one safetensors file: ``input_ids`` (sequences, sequence_length), uint16 or int32 as the
-tokens are; ``piece_lengths`` and ``piece_documents`` int32, the lengths of all pieces end to end and the
-numbers of their documents, -1 for padding; ``piece_offsets`` int64 (sequences + 1,), which says where each
-sequence's pieces begin in them; and, where there are conversations, ``scored`` bool like input_ids, the
-tokens that count in the loss.
+    python scripts/pack.py --tokens results/micro/tokens.json --rope results/micro/rope/yarn.json \
+        --long-share 0.8 --token-budget 614400 --document-masks --seed 0 \
+        --manifest results/micro/pack.json --output results/micro/pack
+
+The payload is one safetensors file; longyarn/data/packed_dataset.py describes its tensors.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from longyarn.config import derived
-from longyarn.core import manifest, tensorfile
-from longyarn.core.console import token_progress
+from longyarn.core import manifest
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import new_directory, require_space
-from longyarn.data import packing
+from longyarn.data import packed_dataset, packing
+from longyarn.data.pieces import Plan, share_past
 from longyarn.data.token_store import TRAINING, Tokens
+
+# Arguments that are recorded in the manifest as settings.
+SETTINGS = (
+    "sequence_length", "long_share", "shares", "short_from", "packing", "token_budget", "allow_repeats",
+    "document_masks", "seed",
+)  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=Path, required=True, help="manifest of the tokens")
-    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
-    parser.add_argument("--sequence-length", type=int, help="tokens; default: the RoPE's length")
-    parser.add_argument("--long-share", type=float, required=True, help="share of long sequences")
-    parser.add_argument(
-        "--shares", type=json.loads, help="collection -> its share of the tokens, as JSON"
-    )
-    parser.add_argument("--short-from", nargs="+", help="collections that short pieces come from")
-    parser.add_argument("--packing", choices=["concat", "best_fit"], default="concat")
-    parser.add_argument("--token-budget", type=int, help="tokens to pack; default: all there are")
-    parser.add_argument(
-        "--allow-repeats", action="store_true", help="training may read the sequences again"
-    )
-    parser.add_argument("--read", type=int, default=0, help="tokens that training will read")
-    parser.add_argument(
-        "--document-masks", action=argparse.BooleanOptionalAction, required=True,
-        help="whether pieces of a sequence are hidden from one another",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, required=True, help="seed of choice and order")
-    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
-    arguments = parser.parse_args()
-
-    record = manifest.read_facts(arguments.tokens)
+    arguments = parse_arguments()
     tokens = Tokens(arguments.tokens)
-    rope = manifest.read_facts(arguments.rope)
-    original = rope["original_max_position_embeddings"]
-    length = arguments.sequence_length or rope["max_position_embeddings"]
-    if length < original:
-        raise UserError(
-            f"mix.sequence_length {length} is shorter than the model's original length {original}, so "
-            "nothing new would be learnt; raise it"
-        )
     training = np.flatnonzero(tokens.roles == TRAINING)
+    original, length = lengths(arguments)
     plan = packing.make_plan(
         tokens.lengths[training],
         sequence_length=length,
@@ -78,23 +52,13 @@ def main() -> None:
     derived.require_enough(len(plan), length, arguments.read, arguments.allow_repeats)
     width = tokens.dtype.itemsize + bool(tokens.conversations.any())
     require_space(arguments.output.parent, len(plan) * length * width, "the packed sequences")
-    numbers = np.append(training, packing.PADDING)  # padding's -1 takes the last
     with new_directory(arguments.output) as directory:
-        scored = write(directory / "pack.safetensors", plan, tokens, numbers, length)
+        scored = packed_dataset.write(directory / "pack.safetensors", plan, tokens, training)
+    record = manifest.read_facts(arguments.tokens)
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
-        settings={
-            "sequence_length": arguments.sequence_length,
-            "long_share": arguments.long_share,
-            "shares": arguments.shares,
-            "short_from": arguments.short_from,
-            "packing": arguments.packing,
-            "token_budget": arguments.token_budget,
-            "allow_repeats": arguments.allow_repeats,
-            "document_masks": arguments.document_masks,
-            "seed": arguments.seed,
-        },
+        settings={name: getattr(arguments, name) for name in SETTINGS},
         inputs={"tokens": arguments.tokens, "rope": arguments.rope},
         files=[arguments.output / "pack.safetensors"],
         facts={
@@ -113,67 +77,55 @@ def main() -> None:
             "duplicates": record["tokens_of_duplicates"],
             "padding": plan.padding,
             "short_tokens": plan.short_tokens,
-            "share_past_original": packing.share_past(plan, original, arguments.document_masks),
+            "share_past_original": share_past(plan, original, arguments.document_masks),
         }
         | used(plan, tokens, training),
     )
 
 
-def write(path: Path, plan: packing.Plan, tokens: Tokens, numbers: np.ndarray, length: int) -> int:
-    """Write the sequences of a plan, a row at a time; return how many of their tokens are scored.
-
-    ``numbers``: the documents' in ``tokens``, by that in the plan.
-    """
-    pieces, shape = plan.pieces, (len(plan), length)
-    documents = numbers[pieces.document]
-    shards, begins = tokens.places(documents, pieces.start)
-
-    def rows(name: str, dtype: np.dtype, label: str) -> Iterator[np.ndarray]:
-        steps = ((length, length) for _ in range(len(plan)))
-        progress = token_progress(steps, len(plan) * length, label)
-        for _, row in zip(progress, range(len(plan)), strict=False):
-            these = slice(*plan.offsets[row : row + 2])
-            parts = zip(
-                documents[these].tolist(),
-                shards[these].tolist(),
-                begins[these].tolist(),
-                pieces.length[these].tolist(),
-                strict=True,
-            )
-            yield np.concatenate(
-                [
-                    np.zeros(count, dtype)
-                    if document == packing.PADDING
-                    else tokens.read(name, shard, begin, count)
-                    for document, shard, begin, count in parts
-                ]
-            )
-
-    kind = tensorfile.KINDS[tokens.dtype]
-    tensors = {
-        "piece_lengths": pieces.length.astype(np.int32),
-        "piece_documents": documents.astype(np.int32),
-        "piece_offsets": plan.offsets.astype(np.int64),
-        "input_ids": tensorfile.Stream(kind, shape, rows("tokens", tokens.dtype, "pack")),
-    }
-    scored = plan.real.tokens
-    if tokens.conversations.any():
-        scored = 0
-
-        def counted(masks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-            nonlocal scored
-            for mask in masks:
-                scored += int(mask.sum())
-                yield mask
-
-        masks = counted(rows("scored", np.dtype(bool), "pack: what is scored"))
-        tensors["scored"] = tensorfile.Stream("BOOL", shape, masks)
-    tensorfile.write(path, tensors)
-    return scored
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=Path, required=True, help="manifest of the tokens")
+    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
+    parser.add_argument("--sequence-length", type=int, help="tokens; default: the RoPE's length")
+    parser.add_argument("--long-share", type=float, required=True, help="share of long sequences")
+    parser.add_argument(
+        "--shares", type=json.loads, help="collection -> its share of the tokens, as JSON"
+    )
+    parser.add_argument("--short-from", nargs="+", help="collections that short pieces come from")
+    parser.add_argument("--packing", choices=["concat", "best_fit"], default="concat")
+    parser.add_argument("--token-budget", type=int, help="tokens to pack; default: all")
+    parser.add_argument(
+        "--allow-repeats", action="store_true", help="let training read sequences more than once"
+    )
+    parser.add_argument("--read", type=int, default=0, help="tokens that training will read")
+    parser.add_argument(
+        "--document-masks", action=argparse.BooleanOptionalAction, required=True,
+        help="hide the pieces of a sequence from one another",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, required=True, help="seed of choice and order")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
+    return parser.parse_args()
 
 
-def used(plan: packing.Plan, tokens: Tokens, training: np.ndarray) -> dict:
-    """Return which documents were used and how, of all and of each collection."""
+def lengths(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Return the model's original length and the length of a training sequence, in tokens."""
+    rope = manifest.read_facts(arguments.rope)
+    original = rope["original_max_position_embeddings"]
+    length = arguments.sequence_length or rope["max_position_embeddings"]
+    if length < original:
+        raise UserError(
+            f"mix.sequence_length {length} is shorter than the model's original length {original}, so "
+            "training would teach no new positions; raise it"
+        )
+    return original, length
+
+
+def used(plan: Plan, tokens: Tokens, training: np.ndarray) -> dict:
+    """Return which documents are used and how, in total and by collection."""
     real = plan.real
     documents = np.unique(real.document)
     lengths, collections = tokens.lengths[training], tokens.collections[training]
@@ -202,7 +154,7 @@ def used(plan: packing.Plan, tokens: Tokens, training: np.ndarray) -> dict:
 
 
 def histogram(lengths: np.ndarray) -> list[dict]:
-    """Return how many pieces, and tokens in them, have up to each power of two of tokens."""
+    """Return how many pieces and tokens there are up to each length that is a power of two."""
     power = np.ceil(np.log2(lengths)).astype(int)
     return [
         {

@@ -11,15 +11,15 @@ from test_adopt import make_run
 from training_runs import settings
 
 from longyarn.core import manifest, tensorfile
-from longyarn.data import packing
 from longyarn.data.packed_dataset import Packed
+from longyarn.data.pieces import PADDING
 
 LENGTH = 60  # no multiple of what collators pad to
 # Lengths and documents: alone; with a single token between; a conversation, and padding; two.
 PIECES = (
     [(60, 0)],
     [(30, 1), (1, 2), (29, 3)],
-    [(20, 4), (25, 5), (15, packing.PADDING)],
+    [(20, 4), (25, 5), (15, PADDING)],
     [(40, 6), (20, 7)],
 )
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text(encoding="utf-8"))

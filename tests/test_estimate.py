@@ -258,9 +258,9 @@ def test_arithmetic_of_a_real_step(monkeypatch):
 
 
 def test_what_other_files_say_too():
-    import passkey
+    from longyarn.evaluation import passkey_prompts
 
-    assert passkey.TOKENS_AT_ONCE == estimate.EVALUATED_AT_ONCE
+    assert passkey_prompts.TOKENS_AT_ONCE == estimate.EVALUATED_AT_ONCE
     assert LOGITS_AT_ONCE == estimate.LOGITS_AT_ONCE
 
 

@@ -13,7 +13,7 @@ import harness
 import patch_rope
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
-from longyarn.evaluation import variant_model
+from longyarn.evaluation import lm_eval_tasks, variant_model
 
 pytest.importorskip("lm_eval", reason="needs `make setup-harness`")
 
@@ -43,14 +43,14 @@ def test_tasks_of_ruler_without_a_network(brought, tmp_path):
     cut = [sys.executable, ROOT / "tests/no_network.py"]
     if subprocess.run([*cut, "true"]).returncode:
         pytest.skip("no network namespace can be made here")
-    more = ["--tasks", *harness.MADE_HERE, "--lengths", 2048, "--limit", 1]
+    more = ["--tasks", *lm_eval_tasks.GENERATED, "--lengths", 2048, "--limit", 1]
     words = [*cut, sys.executable, ROOT / "scripts/harness.py"]
     words += options(brought, "yarn", tmp_path / "result.json", *more)
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nltk_data" not in done.stdout + done.stderr, "it would tell of a download"
     tasks = manifest.read(tmp_path / "result.json")["facts"]["tasks"]
-    assert set(tasks) == set(harness.MADE_HERE)
+    assert set(tasks) == set(lm_eval_tasks.GENERATED)
     for entry in tasks.values():
         assert entry["version"] is not None
         (figure,) = entry["metrics"].values()
@@ -94,7 +94,7 @@ def test_a_task_that_lm_eval_does_not_have(brought, tmp_path):
     more = ["--tasks", "helaswag", "--lengths", 1024]
     sentence = refusal(harness, *options(brought, "yarn", tmp_path / "result.json", *more))
     assert "evaluation.harness.tasks has 'helaswag', which lm_eval 0." in sentence
-    assert "does not know; near are hellaswag" in sentence
+    assert "does not know; similar names are hellaswag" in sentence
     assert not (tmp_path / "result.json").exists()
 
 
@@ -103,17 +103,17 @@ def test_code_of_a_tokenizer_is_not_run_by_tasks_of_ruler(tmp_path):
         '{"auto_map": {"AutoTokenizer": ["x.X", null]}}'
     )
     with pytest.raises(UserError, match="names code of its own"):
-        harness.check_no_code(tmp_path)
+        lm_eval_tasks.check_no_code(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    harness.check_no_code(tmp_path)
+    lm_eval_tasks.check_no_code(tmp_path)
 
 
 def test_lm_eval_is_an_extra(monkeypatch):
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(lm_eval_tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match="lm_eval, which is not installed; run `make setup-harness`"
     ):
-        harness.check_installed()
+        lm_eval_tasks.check_installed()
 
 
 def test_scores_of_an_entry():
@@ -124,7 +124,7 @@ def test_scores_of_an_entry():
         "f1,strict": 1,
         "f1_stderr,strict": "N/A",
     }
-    assert harness.scores(entry, 8) == {
+    assert lm_eval_tasks.scores(entry, 8) == {
         "acc": {"value": 0.25, "stderr": 0.1, "examples": 8},
         "f1 (strict)": {"value": 1.0, "stderr": None, "examples": 8},
     }
@@ -132,7 +132,7 @@ def test_scores_of_an_entry():
 
 def test_the_error_of_the_mean():
     """Half of four found: the standard deviation of 0, 0, 1, 1 is √(1/3), over √4."""
-    found = harness.score_at(64, [{"64": value} for value in (0.0, 0.0, 1.0, 1.0)])
+    found = lm_eval_tasks.score_at(64, [{"64": value} for value in (0.0, 0.0, 1.0, 1.0)])
     assert found["64"]["value"] == 0.5
     assert found["64"]["stderr"] == pytest.approx((1 / 3) ** 0.5 / 2)
-    assert harness.score_at(64, [{"64": 1.0}])["64"]["stderr"] is None
+    assert lm_eval_tasks.score_at(64, [{"64": 1.0}])["64"]["stderr"] is None

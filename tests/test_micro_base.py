@@ -11,9 +11,8 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import micro_base
-import passkey
 from longyarn.data.token_store import held_out_documents
-from longyarn.evaluation import shared_prefixes
+from longyarn.evaluation import passkey_prompts, shared_prefixes
 from longyarn.evaluation.window_losses import window_losses
 
 BASE = ROOT / "resources" / "micro-base"
@@ -55,13 +54,15 @@ def test_it_was_trained_without_the_held_out_books():
 
 def test_it_retrieves_within_its_window(model, tokenizer):
     reader, found = shared_prefixes.Reader(model), []
-    filler = passkey.read_haystack(tokenizer, None)
+    filler = passkey_prompts.read_haystack(tokenizer, None)
     for length in (128, 256, 512):
         for depth in (0.1, 0.5, 0.9):
-            keys = passkey.draw_keys(8, 5, 1, length, depth)
-            prompts = [passkey.prompt(tokenizer, {"": key}, length, depth, filler) for key in keys]
-            for batch in passkey.batches(prompts):
-                found += passkey.retrieved(reader, batch)
+            keys = passkey_prompts.draw_keys(8, 5, 1, length, depth)
+            prompts = [
+                passkey_prompts.prompt(tokenizer, {"": key}, length, depth, filler) for key in keys
+            ]
+            for batch in passkey_prompts.batches(prompts):
+                found += passkey_prompts.retrieved(reader, batch)
     assert sum(found) >= 0.95 * len(found)
 
 

@@ -18,8 +18,9 @@ from longyarn.config import derived
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
 from longyarn.core.files import write_json
-from longyarn.data import packing
-from longyarn.data.packed_dataset import Packed
+from longyarn.data import filling, packing
+from longyarn.data.packed_dataset import IGNORED, Packed
+from longyarn.data.pieces import PADDING, Pieces, Plan, positions, share_past
 from longyarn.data.token_store import TRAINING, Tokens
 
 LENGTH = 64
@@ -33,7 +34,7 @@ def plan(lengths, **settings):
     return packing.make_plan(lengths, **settings)
 
 
-def sequences(found: packing.Plan) -> list[list[tuple[int, int, int]]]:
+def sequences(found: Plan) -> list[list[tuple[int, int, int]]]:
     """Return each sequence's pieces as (document, start, length)."""
     pieces = found.pieces
     rows = list(
@@ -45,7 +46,7 @@ def sequences(found: packing.Plan) -> list[list[tuple[int, int, int]]]:
 
 
 def check(
-    found: packing.Plan, lengths: list[int], piece_length: int, whole: frozenset[int] = frozenset()
+    found: Plan, lengths: list[int], piece_length: int, whole: frozenset[int] = frozenset()
 ) -> list[np.ndarray]:
     """Check what holds for every plan; return how often each token is used, by document.
 
@@ -58,9 +59,9 @@ def check(
     long = 0
     for sequence in sequences(found):
         assert sum(length for _, _, length in sequence) == LENGTH
-        long += len(sequence) == 1 and sequence[0][0] != packing.PADDING
+        long += len(sequence) == 1 and sequence[0][0] != PADDING
         for document, start, length in sequence:
-            if document == packing.PADDING:
+            if document == PADDING:
                 assert (document, start, length) == sequence[-1]
                 continue
             assert start >= 0 and start + length <= lengths[document]
@@ -144,7 +145,7 @@ def test_every_token_is_accounted_for(
     if shares:
         of_sequence = np.zeros(3)
         for sequence in sequences(found):
-            owners = {of[document] for document, _, _ in sequence if document != packing.PADDING}
+            owners = {of[document] for document, _, _ in sequence if document != PADDING}
             assert len(owners) == 1
             of_sequence[owners.pop()] += 1
         for name, part in shares.items():
@@ -153,7 +154,7 @@ def test_every_token_is_accounted_for(
         allowed = ["abc".index(name) for name in short_from]
         for sequence in sequences(found):
             if len(sequence) > 1 or sequence[0][2] != LENGTH:
-                assert all(of[d] in allowed for d, _, _ in sequence if d != packing.PADDING)
+                assert all(of[d] in allowed for d, _, _ in sequence if d != PADDING)
     again = plan(lengths, **asked)
     assert sequences(again) == sequences(found)
 
@@ -169,7 +170,7 @@ def parts_of(length: int, piece_length: int) -> set[tuple[int, int]]:
     }
 
 
-def zip_pieces(found: packing.Plan) -> list[tuple[int, int, int]]:
+def zip_pieces(found: Plan) -> list[tuple[int, int, int]]:
     return [piece for sequence in sequences(found) for piece in sequence]
 
 
@@ -186,27 +187,25 @@ def test_long_share_and_piece_length(long_share, strategy):
 
 def test_concat_by_hand():
     """Pieces of 3, 5 and 4 in sequences of 4: the second runs on, and so does the third."""
-    queue = packing.Pieces(
+    queue = Pieces(
         np.array([0, 1, 2]), np.array([10, 20, 30]), np.array([3, 5, 4]), np.ones(3, bool)
     )
-    found = packing.concat(queue, 2, 4)
+    found = filling.concat(queue, 2, 4)
     assert found.offsets.tolist() == [0, 2, 3]
     assert found.pieces.document.tolist() == [0, 1, 1]
     assert found.pieces.start.tolist() == [10, 20, 21]
     assert found.pieces.length.tolist() == [3, 1, 4]
     assert (found.tail, found.unused) == (0, 4)
-    assert packing.concat(queue, 1, 4).tail == 4
+    assert filling.concat(queue, 1, 4).tail == 4
 
 
 def test_best_fit_by_hand():
     """The longest first, each where least room is left: 7 | 6 + 2 | 5 + 3 in bins of 8."""
-    assert packing.fit([7, 6, 5, 3, 2], 8).tolist() == [0, 1, 2, 2, 1]
-    queue = packing.Pieces(
-        np.arange(5), np.zeros(5, int), np.array([2, 7, 3, 6, 5]), np.ones(5, bool)
-    )
+    assert filling.fit([7, 6, 5, 3, 2], 8).tolist() == [0, 1, 2, 2, 1]
+    queue = Pieces(np.arange(5), np.zeros(5, int), np.array([2, 7, 3, 6, 5]), np.ones(5, bool))
     # 2, 7, 3 and 6 could fill two sequences; 3 would need a third.
-    found = packing.best_fit(queue, 2, 8)
-    assert found.pieces.document.tolist() == [1, packing.PADDING, 3, 0]
+    found = filling.best_fit(queue, 2, 8)
+    assert found.pieces.document.tolist() == [1, PADDING, 3, 0]
     assert found.pieces.length.tolist() == [7, 1, 6, 2]
     assert found.offsets.tolist() == [0, 2, 4]
     assert found.unused == 3 + 5
@@ -219,7 +218,7 @@ def test_best_fit_by_hand():
 @settings(deadline=None)
 def test_best_fit_is_what_a_search_of_all_bins_finds(lengths, capacity):
     rooms: list[int] = []
-    for length, number in zip(lengths, packing.fit(lengths, capacity).tolist(), strict=True):
+    for length, number in zip(lengths, filling.fit(lengths, capacity).tolist(), strict=True):
         fitting = [room for room in rooms if room >= length]
         if fitting:
             assert rooms[number] == min(fitting)
@@ -302,18 +301,18 @@ def test_where_short_pieces_come_from_is_stated():
 
 def test_positions():
     lengths = np.array([3, 1, 2])
-    assert packing.positions(lengths, True).tolist() == [0, 1, 2, 0, 0, 1]
-    assert packing.positions(lengths, False).tolist() == [0, 1, 2, 3, 4, 5]
+    assert positions(lengths, True).tolist() == [0, 1, 2, 0, 0, 1]
+    assert positions(lengths, False).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_share_of_positions_past_the_original():
     found = plan([640], long_share=1, piece_length=16)
-    assert packing.share_past(found, 16, True) == 48 / 64
+    assert share_past(found, 16, True) == 48 / 64
     short = plan([640], long_share=0, piece_length=16)
-    assert packing.share_past(short, 16, True) == 0
-    assert packing.share_past(short, 16, False) == 48 / 64
+    assert share_past(short, 16, True) == 0
+    assert share_past(short, 16, False) == 48 / 64
     padded = plan([40, 40], long_share=0, piece_length=LENGTH, strategy="best_fit")
-    assert packing.share_past(padded, 16, False) == packing.share_past(padded, 16, True) == 24 / 40
+    assert share_past(padded, 16, False) == share_past(padded, 16, True) == 24 / 40
 
 
 SHARED = {"shares": {"a": 0.5, "b": 0.5}}
@@ -428,7 +427,7 @@ def test_the_stage_copies_exactly_and_reports(tokenised, strategy):
         ):
             piece = stored["input_ids"][row, begin : begin + length].astype(np.int32)
             begin += length
-            if number == packing.PADDING:
+            if number == PADDING:
                 assert not piece.any()
                 continue
             assert tokens.roles[number] == TRAINING
@@ -436,7 +435,7 @@ def test_the_stage_copies_exactly_and_reports(tokenised, strategy):
             assert (windows == piece).all(axis=1).any()
         assert begin == 512
     owners = tokens.collections[stored["piece_documents"]]
-    owners[stored["piece_documents"] == packing.PADDING] = -1
+    owners[stored["piece_documents"] == PADDING] = -1
     for number, name in enumerate(tokens.collection_names):
         source = facts["collections"][name]
         assert source["tokens_packed"] == stored["piece_lengths"][owners == number].sum()
@@ -445,9 +444,9 @@ def test_the_stage_copies_exactly_and_reports(tokenised, strategy):
         wrong = source["tokens_packed"] - facts["sequences"] * 512 * {"a": 0.25, "b": 0.75}[name]
         assert abs(wrong) < 512 + facts["padding"]
     pieces = sum(entry["pieces"] for entry in facts["piece_lengths"])
-    assert pieces == (stored["piece_documents"] != packing.PADDING).sum()
+    assert pieces == (stored["piece_documents"] != PADDING).sum()
     assert sum(entry["tokens"] for entry in facts["piece_lengths"]) == facts["tokens_packed"]
-    assert facts["documents_used"] == len(set(stored["piece_documents"]) - {packing.PADDING})
+    assert facts["documents_used"] == len(set(stored["piece_documents"]) - {PADDING})
 
 
 def test_too_few_tokens_for_the_steps_are_refused_by_the_stage(tokenised):
@@ -487,15 +486,15 @@ def test_padding_and_questions_are_not_learnt(inputs, masks):  # noqa: F811
             stored["piece_documents"][first:last], stored["piece_lengths"][first:last], strict=True
         ):
             labels = item["labels"][begin : begin + length]
-            if number == packing.PADDING:
-                assert (labels == -100).all()
+            if number == PADDING:
+                assert (labels == IGNORED).all()
             elif (mask := tokens.scored(number)) is not None and "t/" in tokens.id(number):
                 conversations += 1
                 expected = torch.from_numpy(mask[:length].copy())
-                assert ((labels != -100) == expected).all()
-            if masks and number != packing.PADDING:
+                assert ((labels != IGNORED) == expected).all()
+            if masks and number != PADDING:
                 alone = {"input_ids": item["input_ids"][None, begin : begin + length]}
-                kept = int((labels[1:] != -100).sum())
+                kept = int((labels[1:] != IGNORED).sum())
                 with torch.no_grad():
                     loss = model(**alone, labels=labels[None], use_cache=False).loss
                 scored, total = scored + kept, total + float(loss) * kept
@@ -506,7 +505,7 @@ def test_padding_and_questions_are_not_learnt(inputs, masks):  # noqa: F811
                 loss = float(model(**batch, use_cache=False).loss)
             assert loss == pytest.approx(total / scored, abs=1e-5)
     assert conversations
-    assert packing.PADDING not in data.documents(range(len(data)))
+    assert PADDING not in data.documents(range(len(data)))
 
 
 def test_the_default_chain_balances(finished):

@@ -5,10 +5,9 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import passkey
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
-from longyarn.evaluation import intervals, shared_prefixes
+from longyarn.evaluation import intervals, passkey_prompts, shared_prefixes
 
 BASE = ROOT / "resources" / "micro-base"
 
@@ -20,14 +19,14 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def filler(tokenizer):
-    return passkey.read_haystack(tokenizer, None)
+    return passkey_prompts.read_haystack(tokenizer, None)
 
 
 @pytest.mark.parametrize("length", [256, 512, 2048])
 @pytest.mark.parametrize("depth", [0, 0.1, 0.5, 1])
 def test_prompt_fills_the_length_and_hides_the_key_at_its_depth(tokenizer, filler, length, depth):
-    tokens, answer = passkey.prompt(tokenizer, {"": "40917"}, length, depth, filler)
-    line = len(tokenizer(passkey.FILLER, add_special_tokens=False)["input_ids"])
+    tokens, answer = passkey_prompts.prompt(tokenizer, {"": "40917"}, length, depth, filler)
+    line = len(tokenizer(passkey_prompts.FILLER, add_special_tokens=False)["input_ids"])
     assert length - line < len(tokens) <= length
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     assert text.endswith("What is the pass key? The pass key is 40917")
@@ -49,7 +48,7 @@ def text_file(tmp_path):
 
 
 def test_a_text_is_cut_at_lines_and_sentences(tokenizer, text_file):
-    lines = [tokenizer.decode(line) for line in passkey.read_haystack(tokenizer, text_file)]
+    lines = [tokenizer.decode(line) for line in passkey_prompts.read_haystack(tokenizer, text_file)]
     assert "".join(lines) == TEXT
     assert lines[:3] == ["On Monday he rose. ", '"Who is there?" ', "she asked.\n"]
     assert lines[-3:] == ["他们走了。", "没有人回来。", "The house stood empty"]
@@ -58,13 +57,13 @@ def test_a_text_is_cut_at_lines_and_sentences(tokenizer, text_file):
 @pytest.mark.parametrize("length", [192, 1024])
 @pytest.mark.parametrize("depth", [0, 0.3, 1])
 def test_a_text_hides_the_key_and_begins_again(tokenizer, text_file, length, depth):
-    haystack = passkey.read_haystack(tokenizer, text_file)
-    tokens, _ = passkey.prompt(tokenizer, {"": "40917"}, length, depth, haystack)
+    haystack = passkey_prompts.read_haystack(tokenizer, text_file)
+    tokens, _ = passkey_prompts.prompt(tokenizer, {"": "40917"}, length, depth, haystack)
     assert length - max(map(len, haystack)) < len(tokens) <= length
 
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    line = passkey.KEY_LINE.format(key="40917")
-    before, after = text.removeprefix(passkey.PREFIX).split(line)
+    line = passkey_prompts.KEY_LINE.format(key="40917")
+    before, after = text.removeprefix(passkey_prompts.PREFIX).split(line)
     hidden = before + after.removesuffix("What is the pass key? The pass key is 40917")
     assert (TEXT * 20).startswith(hidden)
     assert (before == "") == (depth == 0)
@@ -74,33 +73,33 @@ def test_a_text_hides_the_key_and_begins_again(tokenizer, text_file, length, dep
 def test_a_haystack_without_breaks_fills_the_prompt(tokenizer, tmp_path):
     """One line, one sentence, of more tokens than the prompt has."""
     (tmp_path / "text.txt").write_text("and so on and on " * 500)
-    haystack = passkey.read_haystack(tokenizer, tmp_path / "text.txt")
-    tokens, _ = passkey.prompt(tokenizer, {"": "40917"}, 1024, 0.5, haystack)
-    assert 1024 - passkey.LONGEST_LINE < len(tokens) <= 1024
+    haystack = passkey_prompts.read_haystack(tokenizer, tmp_path / "text.txt")
+    tokens, _ = passkey_prompts.prompt(tokenizer, {"": "40917"}, 1024, 0.5, haystack)
+    assert 1024 - passkey_prompts.LONGEST_LINE < len(tokens) <= 1024
 
 
 def test_several_needles_have_names_and_one_is_asked_for(tokenizer, filler):
-    (needles,) = passkey.draw_needles(1, 5, 0, 4, 1024, 0.5)
+    (needles,) = passkey_prompts.draw_needles(1, 5, 0, 4, 1024, 0.5)
     asked, key = next(iter(needles.items()))
-    assert [key] == passkey.draw_keys(1, 5, 0, 1024, 0.5), "whatever the number of others"
+    assert [key] == passkey_prompts.draw_keys(1, 5, 0, 1024, 0.5), "whatever the number of others"
     assert len(needles) == len(set(needles.values())) == 4
-    tokens, answer = passkey.prompt(tokenizer, needles, 1024, 0.5, filler)
+    tokens, answer = passkey_prompts.prompt(tokenizer, needles, 1024, 0.5, filler)
     assert 1024 - len(filler[0]) < len(tokens) <= 1024
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     assert text.endswith(f"What is the pass key of {asked}? The pass key of {asked} is {key}")
     assert tokenizer.decode(tokens[-answer:]).strip() == key
     places = {}
     for name, hidden in needles.items():
-        (before, _) = text.split(passkey.NAMED_LINE.format(name=name, key=hidden))
+        (before, _) = text.split(passkey_prompts.NAMED_LINE.format(name=name, key=hidden))
         places[name] = before.count("The grass is green.") / text.count("The grass is green.")
     assert places.pop(asked) == pytest.approx(0.5, abs=0.03)
     assert list(places.values()) == pytest.approx([1 / 6, 3 / 6, 5 / 6], abs=0.03)
 
 
 def test_all_needles_must_fit(tokenizer, filler):
-    (needles,) = passkey.draw_needles(1, 5, 0, 10, 256, 0.5)
+    (needles,) = passkey_prompts.draw_needles(1, 5, 0, 10, 256, 0.5)
     with pytest.raises(UserError, match="has 256, too short for 10 keys, the question and a line"):
-        passkey.prompt(tokenizer, needles, 256, 0.5, filler)
+        passkey_prompts.prompt(tokenizer, needles, 256, 0.5, filler)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00 no text", b" \n\n"])
@@ -109,15 +108,15 @@ def test_a_haystack_that_is_no_text_is_refused(tokenizer, tmp_path, content):
     with pytest.raises(
         UserError, match=r"evaluation\.passkey\.haystack .*text\.txt (cannot be|is em)"
     ):
-        passkey.read_haystack(tokenizer, tmp_path / "text.txt")
+        passkey_prompts.read_haystack(tokenizer, tmp_path / "text.txt")
 
 
 def test_keys_depend_on_the_cell_and_the_seed_alone():
-    first = passkey.draw_keys(5, 5, 0, 512, 0.5)
-    assert first == passkey.draw_keys(5, 5, 0, 512, 0.5)
+    first = passkey_prompts.draw_keys(5, 5, 0, 512, 0.5)
+    assert first == passkey_prompts.draw_keys(5, 5, 0, 512, 0.5)
     assert len(set(first)) == 5
-    assert first != passkey.draw_keys(5, 5, 0, 512, 0.6)
-    assert first != passkey.draw_keys(5, 5, 1, 512, 0.5)
+    assert first != passkey_prompts.draw_keys(5, 5, 0, 512, 0.6)
+    assert first != passkey_prompts.draw_keys(5, 5, 1, 512, 0.5)
     assert all(len(key) == 5 and key[0] != "0" for key in first)
 
 
@@ -129,14 +128,14 @@ def test_success_is_what_generate_gives(tokenizer, filler, needles):
     cells = [(length, depth) for length in (160, 256, 512, 1536) for depth in (0.1, 0.9)]
     prompts = {
         cell: [
-            passkey.prompt(tokenizer, hidden, *cell, filler)
-            for hidden in passkey.draw_needles(3, 5, 7, needles, *cell)
+            passkey_prompts.prompt(tokenizer, hidden, *cell, filler)
+            for hidden in passkey_prompts.draw_needles(3, 5, 7, needles, *cell)
         ]
         for cell in cells
     }
     ours, theirs = [], []
-    for _, batch in passkey.in_order(prompts):
-        ours += passkey.retrieved(reader, batch)
+    for _, batch in passkey_prompts.in_order(prompts):
+        ours += passkey_prompts.retrieved(reader, batch)
         for tokens, answer in batch:
             asked = torch.tensor([tokens[:-answer]])
             with torch.no_grad():
@@ -151,15 +150,15 @@ def test_success_is_what_generate_gives(tokenizer, filler, needles):
 
 
 def test_batches_group_equal_lengths_and_bound_memory(monkeypatch):
-    monkeypatch.setattr(passkey, "TOKENS_AT_ONCE", 35)
+    monkeypatch.setattr(passkey_prompts, "TOKENS_AT_ONCE", 35)
     prompts = [([0] * 10, 6), ([0] * 12, 6), ([1] * 10, 6), ([2] * 10, 6)]
-    groups = passkey.batches(prompts)
+    groups = passkey_prompts.batches(prompts)
     assert [[len(item[0]) for item in group] for group in groups] == [[10, 10], [10], [12]]
 
 
 def test_too_short_a_length_is_refused(tokenizer, filler):
     with pytest.raises(UserError, match=r"evaluation\.passkey\.lengths has 40"):
-        passkey.prompt(tokenizer, {"": "12345"}, 40, 0.5, filler)
+        passkey_prompts.prompt(tokenizer, {"": "12345"}, 40, 0.5, filler)
 
 
 def test_wilson_interval():

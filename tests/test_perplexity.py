@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import perplexity
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
+from longyarn.evaluation import perplexity_protocols
 from longyarn.evaluation.window_losses import window_losses
 
 LENGTHS = [64, 200, 512]
@@ -47,7 +48,7 @@ def documents():
 @pytest.fixture(scope="module")
 def found(model, documents):
     """The facts of every protocol."""
-    return perplexity.measure(
+    return perplexity_protocols.measure(
         lambda texts, length, stride=None: window_losses(model, texts, length, stride, "test"),
         documents,
         {"a": 1024, "b": 512, "c": 1024},
@@ -128,21 +129,21 @@ def test_positions_of_the_longest_window_in_parts(model, documents, found):
 def test_a_protocol_that_is_null_is_not_made(model, documents):
     none = dict.fromkeys(("truncate", "by_position", "sliding"))
     losses = lambda texts, length: window_losses(model, texts, length, None, "test")  # noqa: E731
-    facts = perplexity.measure(losses, documents, {"b": 512}, SETTINGS | none)
+    facts = perplexity_protocols.measure(losses, documents, {"b": 512}, SETTINGS | none)
     assert set(facts) == {"tokens_scored", "lengths", "documents"}
 
 
 def test_the_same_tokens_are_scored_at_every_length():
-    scored = perplexity.scored_everywhere(64, [8, 16, 32])
+    scored = perplexity_protocols.scored_everywhere(64, [8, 16, 32])
     assert np.flatnonzero(~scored).tolist() == [0, 8, 16, 24, 32, 40, 48, 56]
 
 
 def test_documents_are_cut_to_whole_windows_and_the_short_are_named():
-    kept, too_short = perplexity.whole_windows({"a": 100, "b": 31, "c": 64}, 32, 64)
+    kept, too_short = perplexity_protocols.whole_windows({"a": 100, "b": 31, "c": 64}, 32, 64)
     assert kept == {"a": 64, "c": 64}
     assert too_short == ["b"]
     with pytest.raises(UserError, match="no held-out document has 32 tokens"):
-        perplexity.whole_windows({"b": 31}, 32, 64)
+        perplexity_protocols.whole_windows({"b": 31}, 32, 64)
 
 
 def test_the_stage_scores_identical_tokens_for_all_variants(finished):

@@ -341,10 +341,10 @@ def lm_eval(run: Run) -> str:
         raise NotChecked("no task of lm_eval is to come")
     if any(job.container_img_path for job in run.jobs if job.rule.name == "harness"):
         raise NotChecked("the tasks run in the image")
-    import harness
+    from longyarn.evaluation import lm_eval_tasks
 
     tasks = run.config["evaluation"]["harness"]["tasks"]
-    harness.check_tasks(tasks)
+    lm_eval_tasks.check_tasks(tasks)
     return ", ".join(tasks)
 
 

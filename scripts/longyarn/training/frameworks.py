@@ -22,8 +22,8 @@ from longyarn.core.files import (
     write_json,
     write_text,
 )
-from longyarn.data import packing
 from longyarn.data.packed_dataset import Packed
+from longyarn.data.pieces import PADDING
 from longyarn.models.rope_checks import check_config
 from longyarn.rope import transformers4
 from longyarn.rope.record import patched_config
@@ -66,7 +66,7 @@ def pieces(data: Packed, row: int) -> list[tuple[slice, bool]]:
     lengths, documents = data.piece_lengths[these].tolist(), data.piece_documents[these].tolist()
     found, begin = [], 0
     for length, document in zip(lengths, documents, strict=True):
-        found.append((slice(begin, begin + length), document == packing.PADDING))
+        found.append((slice(begin, begin + length), document == PADDING))
         begin += length
     return found
 
