@@ -269,7 +269,7 @@ def test_the_program_ends_with_1_and_a_sentence_for_each_finding(copy):
     ("arguments", "words"),
     [
         ([], "use `make verify RUN=results/micro`"),
-        (["nowhere"], "nowhere is no directory"),
+        (["nowhere"], "nowhere is not a directory"),
         (["empty"], "empty holds no manifest"),
     ],
 )
