@@ -1,4 +1,4 @@
-# Longyarn. `make` sets everything up and runs the embedded default; `make test` tests; see README.md.
+# Longyarn. `make` sets everything up and runs the embedded default. `make help` lists the targets.
 SHELL := bash
 PYTHON ?= python3
 VENV := .venv
@@ -8,30 +8,34 @@ PROFILE ?=
 TORCH_INDEX_URL ?=
 ifneq ($(CONFIG),)
 ifeq ($(wildcard $(CONFIG)),)
-$(error config file $(CONFIG) is missing; mend CONFIG)
+$(error config file $(CONFIG) is missing; fix CONFIG)
 endif
 endif
 ifneq ($(PROFILE),)
 ifeq ($(wildcard $(PROFILE)/config.yaml),)
-$(error profile $(PROFILE) has no config.yaml; mend PROFILE)
+$(error profile $(PROFILE) has no config.yaml; fix PROFILE)
 endif
 endif
 LAYERED := $(if $(PROFILE),--workflow-profile $(PROFILE)) $(if $(CONFIG),--configfile $(CONFIG))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: run setup setup-dev setup-slurm setup-harness test test-slurm lint bench micro-base plan prefetch preflight lock image sif test-containers accept verify bundle clean clean-work
+.PHONY: help run setup setup-dev setup-slurm setup-harness test test-slurm lint bench micro-base plan prefetch preflight lock image sif test-containers accept verify bundle clean clean-work
 
-run: setup
+run: setup ## Set up, then run the default, or CONFIG=mine.yaml
 	snakemake --cores $(CORES) $(LAYERED)
 
-setup: $(VENV)/.run
-setup-dev: $(VENV)/.dev
-setup-slurm: $(VENV)/.slurm
-setup-harness: $(VENV)/.harness
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):.* ## (.*)/\1|\2/p' Makefile | awk -F '|' '{printf "make %-16s %s\n", $$1, $$2}'
+	@echo "Variables: CONFIG=mine.yaml PROFILE=profiles/slurm CORES=2 PYTHON=python3 TORCH_INDEX_URL=…"
 
-# torch alone first, so that pip's configuration (or TORCH_INDEX_URL) decides on the build; then all
-# the rest, complete and hash-checked, so that nothing unpinned can come along.
+setup: $(VENV)/.run ## Create .venv with what envs/ locks
+setup-dev: $(VENV)/.dev ## Add what tests and linters need
+setup-slurm: $(VENV)/.slurm ## Add Snakemake's SLURM plugin
+setup-harness: $(VENV)/.harness ## Add lm_eval, for evaluation.harness
+
+# torch comes first, so that pip's configuration (or TORCH_INDEX_URL) chooses the build. Everything else is
+# then installed from complete lists with hashes, so that nothing unpinned gets in.
 $(VENV)/.run: envs/torch.txt envs/build.txt envs/run.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else \
 	"error: Longyarn is locked for Python 3.11 and 3.12; run `make PYTHON=python3.11`")'
@@ -46,88 +50,84 @@ $(VENV)/.dev: $(VENV)/.run envs/dev.txt
 	python -m pip install --quiet --require-hashes --no-deps -r envs/dev.txt
 	touch $@
 
-# What submits to SLURM. Not part of setup: every Snakemake then starts most of a second later.
+# Not part of setup, because every Snakemake starts most of a second later with this plugin.
 $(VENV)/.slurm: $(VENV)/.run envs/slurm.txt
 	python -m pip install --quiet --require-hashes --no-deps -r envs/slurm.txt
 	python -m pip check
 	touch $@
 
-# lm_eval, for evaluation.harness. Not part of setup: most runs do without its many packages.
+# Not part of setup, because most runs do without lm_eval's many packages.
 $(VENV)/.harness: $(VENV)/.run envs/harness.txt
 	python -m pip install --quiet --require-hashes --no-deps --no-build-isolation -r envs/harness.txt
 	python -m pip check
 	touch $@
 
-# Suites that need Debian packages skip without them, and say so; test-slurm installs SLURM, as root.
-# In two processes, each with whole suites, in the order of tests/conftest.py.
-test: setup-dev setup-slurm setup-harness
+# Suites that need Debian packages skip without them, and say so. Each of the two processes runs whole suites,
+# in the order of tests/conftest.py.
+test: setup-dev setup-slurm setup-harness ## Run all tests
 	python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-slurm: setup-dev setup-slurm
+test-slurm: setup-dev setup-slurm ## Install SLURM (as root) and run its tests
 	tests/slurm/install
 	python -m pytest tests/test_slurm.py
 
-test-containers: setup-dev
+test-containers: setup-dev ## Install container tools (as root) and run their tests
 	tests/containers/install
 	python -m pytest tests/test_containers.py
 
-lint: setup-dev
+lint: setup-dev ## Run all linters
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile rules
 	snakemake --lint
 
-# All rows, or some: make bench ROWS="noop_vs_version passkey_vs_generate".
 ROWS ?=
-bench: setup-dev
+bench: setup-dev ## Run the benchmarks, or some: ROWS="noop_vs_version merge_time_vs_peft"
 	python benchmarks/run.py $(ROWS)
 
-# What needs the network; and what can be checked before the first job (docs/cluster.md).
-prefetch preflight: setup
+# docs/cluster.md
+prefetch: setup ## Download everything that the run of CONFIG needs
+preflight: setup ## Make the checks that come before the first job of CONFIG
+prefetch preflight:
 	snakemake --cores $(CORES) $(LAYERED) -- $@
 
-# What the run would cost, from the config alone; it refuses a plan that cannot fit (docs/planning.md).
-plan: setup
+# From the configuration alone (docs/planning.md).
+plan: setup ## Print what the run of CONFIG will cost; refuse what cannot fit
 	python scripts/plan.py $(if $(PROFILE),--profile $(PROFILE)) $(if $(CONFIG),--configfile $(CONFIG))
 
-# Train the micro base model anew, from the same books. It is committed, so nobody needs to.
-micro-base: setup
+micro-base: setup ## Train the micro base model again; it is committed, so nobody needs to
 	snakemake --cores $(CORES) micro_base
 	cp results/micro/micro_base/* resources/micro-base/
 
-# Write the hash-locked requirements from the short .in files.
-lock: setup-dev
+lock: setup-dev ## Write the hash-locked requirements from envs/*.in
 	python envs/lock.py
 
-# The image of the stages, cpu or cuda (containers/README.md): pushed, or as one file without root.
+# containers/README.md
 IMAGE ?= cpu
 REGISTRY ?=
 BUILD = python containers/build.py --image $(IMAGE) $(if $(TORCH_INDEX_URL),--torch-index-url $(TORCH_INDEX_URL))
-image: setup
+image: setup ## Build and push the image IMAGE=cpu or cuda to REGISTRY=…
 	$(BUILD) push --registry "$(REGISTRY)"
-sif: setup
+sif: setup ## Build the image IMAGE=cpu or cuda as one file, without root
 	$(BUILD) sif $(if $(CONFIG),--config $(CONFIG))
 
-# Declare that changed code makes no difference to results; docs/reruns.md says when that is right.
-accept: setup
+accept: setup ## Declare that changed code changes no result; see docs/reruns.md first
 	snakemake --touch --cores 1 $(LAYERED)
 
-# Whether a finished run is what was sealed, file by file (docs/provenance.md).
+# docs/provenance.md
 RUN ?=
-verify: setup
+verify: setup ## Compare the files of RUN=results/micro with its seal
 	$(if $(RUN),,$(error no run is named; say `make verify RUN=results/micro`))
 	@python scripts/verify.py "$(RUN)"
 
-# One archive of a finished run, to verify and to evaluate it elsewhere.
-bundle: setup
+bundle: setup ## Pack a finished run and its workflow into one archive
 	snakemake --cores $(CORES) $(LAYERED) -- bundle
 
-# What training left in the work directory that no run will go on from; DELETE=1 removes it.
-# WORK is paths.work of the config.
+# WORK is paths.work of the configuration.
 WORK ?= work
 DELETE ?=
-clean-work: setup
+clean-work: setup ## List the training directories that no run will resume; DELETE=1 removes them
 	python scripts/clean_work.py --work $(WORK) $(if $(DELETE),--delete)
 
-clean:
+clean: ## Remove results, training directories and Snakemake's records
 	rm -rf results work .snakemake
