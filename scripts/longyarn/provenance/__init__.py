@@ -1,1 +1,1 @@
-"""The seal of a finished run: checksums, the RO-Crate, and their verification."""
+"""The seal of a finished run: checksums, the RO-Crate, their verification, and the archive."""

@@ -1,1 +1,1 @@
-"""From figures to the report: the verdict, comparisons, pictures, and the model card."""
+"""What a run shows: the verdict, comparisons and figures of its report, its gate, and its model card."""
