@@ -1,8 +1,10 @@
-"""List the work directories of training, and remove those that no run will go on from.
+"""List the work directories of training, and delete those that no run needs any more.
 
-A directory is needed while its run is not finished, and afterwards as long as the run's manifest names
-it: more steps go on from its last checkpoint. One that a changed setting has left behind is old. Lists
-alone, unless told to delete.
+    python scripts/clean_work.py --work work --delete
+
+A directory is needed until its run is finished, and then as long as the run's manifest names it, because a
+run with more steps resumes from its last checkpoint. A directory that a changed setting left behind is old.
+Without --delete the program only lists.
 """
 
 import argparse
@@ -14,17 +16,17 @@ from longyarn.core import attempts, manifest
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import read_json
 
-QUIET = 3600  # seconds without a write after which no attempt is taken to be alive
+QUIET = 3600  # seconds without a write after which no attempt can still be running
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("work"), help="config key paths.work")
-    parser.add_argument("--delete", action="store_true", help="remove what is old")
+    parser.add_argument("--delete", action="store_true", help="delete the old ones")
     arguments = parser.parse_args()
     if not arguments.work.is_dir():
         raise UserError(
-            f"{arguments.work} is no directory; name paths.work of the config by --work"
+            f"{arguments.work} is not a directory; give the value of config key paths.work as --work"
         )
     for directory in sorted(path for path in arguments.work.iterdir() if path.is_dir()):
         last = attempts.last_checkpoint(directory)
@@ -35,20 +37,20 @@ def main() -> None:
         print(f"{directory}  {steps}  {size:.1f} MB  {state}")
         if state == "old" and arguments.delete:
             shutil.rmtree(directory)
-            print(f"{directory}  removed")
+            print(f"{directory}  deleted")
 
 
 def why_kept(directory: Path) -> str | None:
-    """Return why a work directory is needed, or None where it is old."""
+    """Return why a work directory is kept, or None if it is old."""
     identity = directory / attempts.IDENTITY
     if not identity.is_file():
-        return "unknown: not made by this version, kept"
+        return "not written by this version, kept"
     newest = max(path.stat().st_mtime for path in [directory, *directory.rglob("*")])
     if time.time() - newest < QUIET:
-        return "written to within the hour, kept"
+        return "written to within the last hour, kept"
     trained = Path(read_json(identity)["run"])
     if not trained.is_file():
-        return f"{trained} is not made yet, kept"
+        return f"{trained} is not written yet, kept"
     if manifest.read_facts(trained).get("work") == directory.name:
         return f"{trained} was made here, kept"
     return None

@@ -1,11 +1,14 @@
-"""Start one process a GPU, as torchrun does, without its traceback on top of a stage's own sentence.
+"""Start one training process per GPU, as torchrun does, without its traceback after a stage's own message.
 
-Takes the number of machines, then torchrun's arguments. On several machines, `srun` starts this once on
-each and SLURM's variables tell which of them it is; on one, torchrun's --standalone applies.
+    python scripts/launch.py 1 --nproc-per-node 2 scripts/train.py --base results/micro/base.json …
 
-Two things differ from torchrun. A failed process has already said what is wrong; torchrun would add a
-traceback of itself, which hides it. And SIGTERM is passed on to the processes, which stop after a step
-and save, where torchrun would kill them after 30 seconds.
+The first argument is the number of machines; the others are torchrun's. With several machines, `srun` starts
+this program once on each, and SLURM's variables say which of them this one is. With one, torchrun's
+--standalone is used.
+
+It differs from torchrun in two ways. A process that failed has already said what is wrong; torchrun would
+print a traceback of its own and hide that. And SIGTERM is passed on to the processes, which stop after
+their step and save; torchrun would kill them after 30 seconds.
 """
 
 import contextlib
@@ -18,7 +21,7 @@ import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-# Where the processes meet. Jobs that share a machine must not meet each other: the job's number is added.
+# The ports for the rendezvous. The job's number is added, so that jobs on one machine do not meet.
 FIRST_PORT, PORTS = 20000, 20000
 
 
@@ -36,19 +39,20 @@ def main() -> None:
 
 
 def pass_on(number: int, frame) -> None:
-    """Pass a signal on to the processes that were started."""
+    """Pass a signal on to the training processes."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(number)
 
 
 def meeting_point(machines: int, environment: dict) -> list[str]:
-    """Return torchrun's options for the place of this machine among ``machines`` that srun started.
+    """Return torchrun's options for this machine's place among the ``machines`` of a job.
 
-    The first machine is the one that srun was called on, whose address SLURM gives to all.
+    ``environment``: SLURM's variables. The first machine is the one that called srun, whose address SLURM
+    gives to all.
     """
     if machines == 1:
-        # By address, because a machine's own name does not always lead to it.
+        # By address, because a machine's own name does not always resolve.
         return ["--standalone", "--local-addr=127.0.0.1"]
     return [
         f"--nnodes={machines}",

@@ -1,4 +1,4 @@
-"""What the suites of the exports share: a small run with every kind of piece, and its sequences."""
+"""Shared by the tests of the exports: a small run with every kind of piece, and its sequences."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from longyarn.core import manifest, tensorfile
 from longyarn.data.packed_dataset import Packed
 from longyarn.data.pieces import PADDING
 
-LENGTH = 60  # no multiple of what collators pad to
+LENGTH = 60  # not a multiple of what collators pad to
 # Lengths and documents: alone; with a single token between; a conversation, and padding; two.
 PIECES = (
     [(60, 0)],
@@ -48,12 +48,12 @@ def make(directory: Path, masks: bool = True, **model) -> Path:
 
 
 def packed(directory: Path, masks: bool = True) -> Packed:
-    """Return the sequences as training here reads them."""
+    """Return the sequences as Longyarn's training reads them."""
     return Packed(directory / "pack/pack.safetensors", masks)
 
 
 def export(module, directory: Path, masks: bool = True, **changes) -> Path:
-    """Run an export with some settings of training changed; return what it wrote."""
+    """Run an export with changed settings of training; return the directory that it wrote."""
     output = directory / module.__name__
     given = {"steps": 2, "batch_size": 2, "lora": {"rank": 4, "alpha": 8}} | changes
     run(

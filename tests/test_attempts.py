@@ -1,4 +1,4 @@
-"""Attempts at a run: numbers that only rise, checkpoints that are whole, one writer."""
+"""Attempts at a run: their numbers only rise, their checkpoints are whole, and only one writes."""
 
 import multiprocessing
 

@@ -71,5 +71,5 @@ def test_the_documents_of_a_sequence():
 def test_a_model_that_gives_no_positions_is_refused():
     model = AutoModelForCausalLM.from_config(FAMILIES["llama"], attn_implementation="sdpa")
     part = torch.zeros(1, 4, 8, 8)
-    with pytest.raises(UserError, match="of type llama does not tell"):
+    with pytest.raises(UserError, match="of type llama does not pass its attention"):
         document_attention.forward(model, part, part, part, None)

@@ -1,4 +1,4 @@
-"""A checkpoint can be evaluated, also while training goes on."""
+"""A checkpoint can be evaluated, even while the training still runs."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from stages import one_sentence
 
 from longyarn.core import manifest
 
-# So many that training is still at work when the evaluation is done.
+# Enough steps that training still runs when the evaluation is done.
 LONG = {
     "mix": {"allow_repeats": True},
     "training": {"steps": 100000, "save_steps": 40, "held_out_steps": None},
@@ -77,4 +77,4 @@ def test_a_checkpoint_is_evaluated_while_training_goes_on(finished_copy):
         ]
         for variant in ("step-40", "yarn")
     }
-    assert perplexity["step-40"] < perplexity["yarn"]  # forty steps have taught it something
+    assert perplexity["step-40"] < perplexity["yarn"]  # it has learned something in 40 steps

@@ -1,4 +1,4 @@
-"""Cleaning up work directories: only what no run will go on from goes."""
+"""Cleaning up work directories: only those that no run can resume from are deleted."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from longyarn.core import attempts
 
 @pytest.fixture
 def work(tmp_path):
-    """Directories of a finished run, of its former settings, of an unfinished run, and of who knows."""
+    """Work directories of a finished run, its former settings, an unfinished run, and an unknown one."""
     for name, trained in (
         ("made", "done"),
         ("former", "done"),
@@ -46,4 +46,4 @@ def test_only_what_a_changed_setting_left_behind_is_removed(work, capsys):
 
 
 def test_a_directory_that_is_not_there_is_one_sentence(tmp_path):
-    assert "is no directory" in refusal(clean_work, "--work", tmp_path / "nowhere")
+    assert "is not a directory" in refusal(clean_work, "--work", tmp_path / "nowhere")

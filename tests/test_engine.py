@@ -1,4 +1,4 @@
-"""The engine against a plain PyTorch loop: every ZeRO stage, world size and mode learns the same."""
+"""Training against a plain PyTorch loop: every ZeRO stage, world size and mode learns the same."""
 
 import json
 from pathlib import Path
@@ -27,12 +27,12 @@ MODES = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Inputs of training with and without document masks."""
+    """Inputs of training, with and without document masks."""
     return {masks: make_inputs(tmp_path_factory.mktemp("inputs"), masks) for masks in (True, False)}
 
 
 def plain_loop(inputs: Path, training: dict, masks: bool = True) -> tuple[list, list]:
-    """Return losses and gradient norms of a loop in which every line is PyTorch's."""
+    """Return losses and gradient norms of a loop that uses only PyTorch."""
     torch.manual_seed(training["seed"])
     model = loading.load_model(
         inputs / "base", inputs / "rope.json", dtype="fp32", attention="sdpa"

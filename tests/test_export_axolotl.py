@@ -1,4 +1,4 @@
-"""What Axolotl is given is this run: its batches have the losses of training here, by its own code."""
+"""Axolotl gets exactly this run: the batches that its own code makes have the same losses."""
 
 import json
 import os
@@ -44,7 +44,7 @@ THEIRS = {
 
 
 def axolotl() -> Path:
-    """Return the directory of Axolotl's packages, installed when it is not there, or skip with the reason."""
+    """Return the directory of Axolotl's packages, installed if necessary; skip the test if that fails."""
     stamp = PLACE / "requirements.txt"
     if not (stamp.is_file() and stamp.read_bytes() == REQUIREMENTS.read_bytes()):
         shutil.rmtree(PLACE, ignore_errors=True)
@@ -72,7 +72,7 @@ EVERYTHING = {
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> dict:
-    """Exports with masks, without, and with all that can be set on a tied model; each run's directory."""
+    """Directories of runs with exports: with masks, without, and with every setting on a tied model."""
     found = {}
     for name, masks, model, changes in (
         ("masks", True, {}, {}),
@@ -86,7 +86,7 @@ def exported(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def read(exported) -> dict:
-    """What Axolotl's own code makes of each export, in one process: its imports take long."""
+    """What Axolotl's own code makes of each export, in one process, because its imports take long."""
     environment = os.environ | {
         "PYTHONPATH": str(axolotl()), "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
@@ -101,7 +101,7 @@ def read(exported) -> dict:
 
 
 def loss(model, item: dict) -> tuple[float, int]:
-    """Return the sum of the losses of a sequence, and how many labels count."""
+    """Return the sum of the losses of a sequence, and how many labels are scored."""
     batch = {key: torch.as_tensor(item[key])[None] for key in ("input_ids", "position_ids")}
     labels = torch.as_tensor(item["labels"])[None]
     with torch.no_grad():
@@ -114,7 +114,7 @@ def loss(model, item: dict) -> tuple[float, int]:
 
 @pytest.mark.parametrize("name", ["masks", "none"])
 def test_its_batches_have_the_losses_of_training_here(exported, read, name):
-    """Through its schema, loader, packing and collator: batch for batch the packed sequences."""
+    """Through its schema, loader, packing and collator, each batch is a packed sequence."""
     masks, inputs, found = name == "masks", exported[name], read[name]
     assert found["unknown"] == [] and found["steps"] == 2
     model = AutoModelForCausalLM.from_pretrained(
@@ -124,7 +124,7 @@ def test_its_batches_have_the_losses_of_training_here(exported, read, name):
     assert len(found["batches"]) == len(data) == 4
     for batch, item in zip(found["batches"], data, strict=True):
         theirs = {key: rows[0] for key, rows in batch.items()}
-        if not masks:  # the model's own, one after the other
+        if not masks:  # as the model numbers them itself
             theirs["position_ids"] = list(range(len(theirs["input_ids"])))
         sums, counts = zip(loss(model, theirs), loss(model, item), strict=True)
         assert counts[0] == counts[1] > 0
@@ -171,7 +171,7 @@ def test_every_key_of_training_is_said_or_warned_of(tmp_path, capsys):
 
 
 def test_settings_are_those_of_the_run_and_known_to_it(exported, read):
-    """Its own schema takes them; a tied embedding stays tied."""
+    """Its own schema accepts them; a tied embedding stays tied."""
     output = exported["everything"] / "export_axolotl"
     values = exports.said(output)
     assert values | {

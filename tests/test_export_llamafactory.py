@@ -1,4 +1,4 @@
-"""What LLaMA-Factory is given is this run: its sequences to the label, its settings, its RoPE."""
+"""LLaMA-Factory gets exactly this run: its sequences with their labels, its settings and its RoPE."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def made(tmp_path_factory):
 
 
 def test_the_data_set_is_the_pack(made):
-    """datasets reads it, and each row is a sequence of training here, with documents by number."""
+    """datasets can read it, and each row is a packed sequence with its documents numbered."""
     output = exports.export(export_llamafactory, made)
     rows = datasets.load_from_disk(str(output / "dataset"))["train"].with_format("numpy")
     data, more = exports.packed(made), -exports.LENGTH % 8
@@ -202,7 +202,7 @@ run_exp(yaml.safe_load(open("train.yaml")))
 
 
 def test_its_own_trainer_learns_the_same_and_comes_back(finished_copy):
-    """Step for step the losses of training here, and the adapter that comes back is that adapter."""
+    """Its losses equal those of Longyarn's training at every step, and so does the adapter it returns."""
     if not (llamafactory.ENVIRONMENT / "whole").is_file():
         pytest.skip("no LLaMA-Factory: `python benchmarks/llamafactory.py` makes its environment")
     made = finished_copy.directory / "results/tests"

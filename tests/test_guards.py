@@ -1,4 +1,4 @@
-"""The guards of training: a step that is not finite is stopped before it is saved, odd losses are told."""
+"""The guards of training: a step that is not finite is never saved, and odd losses cause a warning."""
 
 import json
 
@@ -57,14 +57,14 @@ def saved(tmp_path) -> list[str]:
 
 
 def poison_gradient(model, call: int) -> None:
-    """Make the gradient of one weight not a number in this backward pass, and the loss stay right."""
+    """Make the gradient of one weight NaN in this backward pass, while the loss stays right."""
     calls = iter(range(1, 100))
     weight = model.model.layers[0].mlp.up_proj.weight
     weight.register_hook(lambda grad: grad * float("nan") if next(calls) == call else grad)
 
 
 def poison_loss(model, call: int) -> None:
-    """Make the loss of one forward pass not a number."""
+    """Make the loss of one forward pass NaN."""
     calls = iter(range(1, 100))
 
     def poison(module, inputs, output):
@@ -92,7 +92,7 @@ def test_a_step_that_is_not_finite_stops_before_it_is_saved(
     message = one_sentence(f"error: {stop.value}")
     assert f"the {what} is not finite at step 3 on book/0, book/1, book/2, book/3" in message
     assert "book/4 and 2 more documents;" in message and "book/5" not in message
-    assert "last good checkpoint is checkpoint-2," in message
+    assert "last good checkpoint is checkpoint-2:" in message
     assert asked == [3]
     assert saved(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
@@ -102,7 +102,8 @@ def test_a_weight_that_is_not_finite_stops_the_first_step(model, sequences, tmp_
     with torch.no_grad():
         model.lm_head.weight[3, 5] = float("inf")
     with pytest.raises(
-        UserError, match=r"the loss is not finite at step 1; nothing .* no checkpoint"
+        UserError,
+        match=r"the loss is not finite at step 1; .* not saved, and there is no checkpoint",
     ):
         trainer_of(model, sequences, tmp_path).train()
     assert saved(tmp_path) == []
@@ -143,7 +144,7 @@ def test_gradients_that_overflow_fp16_count_only_at_the_lowest_scale(model, sequ
     assert not trainer._gradient_is_bad(model, float("inf"))
     trainer.args.fp16 = False
 
-    # What DeepSpeed's own loss scale does when it cannot be lowered further.
+    # DeepSpeed's own loss scaler, which raises an error when it cannot go lower.
     scaler = DynamicLossScaler(
         init_scale=1, scale_window=1, min_scale=1, delayed_shift=1,
         consecutive_hysteresis=False, raise_error_at_min_scale=True, dtype=torch.half,
@@ -164,7 +165,7 @@ def test_weights_tell_where_the_engine_tells_no_norm(model, sequences, tmp_path)
 
 
 def check_in_one_of_two(rank: int, directory: str, bad: int) -> None:
-    """Run as process ``rank``: only ``bad`` sees a loss that is not finite; write what it raises."""
+    """Run as process ``rank``, where only ``bad`` sees a loss that is not finite; write what it raises."""
     from pathlib import Path
 
     torch.distributed.init_process_group(
@@ -219,6 +220,9 @@ def test_warnings_are_printed_once_and_stop_nothing(model, sequences, tmp_path, 
         trainer.guards.on_log(trainer.args, state, control, logs={"loss": loss})
     told = capsys.readouterr().err
     assert told.count("warning") == 2
-    assert "the loss jumped to 4.5000 at step 11 from 2.1500 on average" in told
-    assert "the loss climbs, by step 30 to 2.4800 from 2.2500 after the warm-up" in told
+    assert "the loss jumped to 4.5000 at step 11 from an average of 2.1500" in told
+    assert (
+        "the loss is rising: it averages 2.4800 at step 30 and averaged 2.2500 after the warm-up"
+        in told
+    )
     assert not control.should_training_stop

@@ -1,4 +1,4 @@
-"""Held-out losses: equal to those computed by hand, of the same tokens, and leaving training alone."""
+"""Held-out losses: equal to losses computed by hand, over the same tokens, and without effect on training."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def documents(*lengths: int) -> list[np.ndarray]:
 
 
 def by_hand(model, ids: np.ndarray, length: int, tile: int) -> list[float]:
-    """Return each scored token's loss, each from a forward pass of its own context alone."""
+    """Return the loss of each scored token, each from a forward pass over its context only."""
     found = []
     for at in range(len(ids)):
         begin = at // length * length
@@ -46,7 +46,7 @@ def by_hand(model, ids: np.ndarray, length: int, tile: int) -> list[float]:
     return found
 
 
-# Tiles that divide the full length, that do not, and whose last is a lone token.
+# Windows that divide the full length, that do not, and that leave a single token at the end.
 @pytest.mark.parametrize("lengths", [(8, 24), (10, 24), (23, 24)])
 def test_losses_equal_those_of_single_tokens(directory, lengths):
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
@@ -70,7 +70,7 @@ def test_at_most_eight_documents_and_at_least_one():
 
 def test_no_random_number_is_drawn_and_modes_stay(directory):
     model = AutoModelForCausalLM.from_pretrained(directory, attention_dropout=0.5).train()
-    model.model.layers[0].eval()  # a mixed state must come back as it was
+    model.model.layers[0].eval()  # a mixed state must be restored
     before = {name: module.training for name, module in model.named_modules()}
     states = (random.getstate(), str(np.random.get_state()), torch.get_rng_state())
     first, second = (
@@ -144,7 +144,7 @@ def test_measuring_changes_no_weight(directory, tmp_path):
 
 
 def scripted(monkeypatch, course: dict[int, float], trainer) -> None:
-    """Let the measurement at each step find the loss that ``course`` has for it."""
+    """Make the measurement at each step return the loss that ``course`` has for it."""
     monkeypatch.setattr(
         held_out_loss,
         "losses",
@@ -152,7 +152,7 @@ def scripted(monkeypatch, course: dict[int, float], trainer) -> None:
     )
 
 
-# Best at 2; 2.999 is not 0.1 % below 3, so 4 and 5 have not fallen, nor has 6.
+# The best loss is at step 2. 2.999 is not 0.1 % below 3, so the losses of steps 3 to 5 have not fallen.
 COURSE = {0: 4.0, 1: 3.5, 2: 3.0, 3: 3.1, 4: 2.999, 5: 3.2, 6: 2.0, 7: 1.0}
 
 
@@ -174,7 +174,7 @@ def test_without_patience_it_never_stops(directory, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at", [3, 4, 5])
 def test_a_resumed_run_stops_at_the_same_step(directory, tmp_path, monkeypatch, at):
-    """Resumed before the stop, or where it had stopped: then no step more is trained."""
+    """Resumed before the stop, or at the stop, where no further step is trained."""
     run = tmp_path / "run"
     settings = {"every": 1, "patience": 3, "max_steps": 7, "save_steps": 1}
     first = trainer_of(directory, run, **settings)
@@ -190,7 +190,7 @@ def test_a_resumed_run_stops_at_the_same_step(directory, tmp_path, monkeypatch, 
 
 
 def test_a_stopped_run_measures_when_it_goes_on(directory, tmp_path):
-    """A signal has come: the checkpoint is due now, the measurement can wait."""
+    """After a signal only the checkpoint is written; the measurement follows on resuming."""
     run = tmp_path / "run"
     whole = trainer_of(directory, tmp_path / "whole")
     whole.train()

@@ -1,4 +1,4 @@
-"""The chunked loss: the stock loss and its gradients, without all logits."""
+"""The chunked loss: equal to the stock loss and its gradients, without all logits in memory."""
 
 import copy
 
@@ -138,10 +138,10 @@ def test_the_head_is_the_one_that_peft_trains(tied, whole):
     same_loss_and_gradients(stock, chunked, **batch())
 
 
-def test_a_head_that_is_not_the_altered_one_is_an_error():
+def test_a_head_that_is_not_the_changed_one_is_an_error():
     _, chunked = pair()
     chunked.lm_head = torch.nn.Linear(32, 97, bias=False)
-    with pytest.raises(RuntimeError, match="not the one it altered"):
+    with pytest.raises(RuntimeError, match="uses another head than the one it changed"):
         chunked(**batch())
 
 
@@ -150,7 +150,7 @@ def test_with_no_label_at_all_the_loss_is_nought():
     loss = chunked(**batch(ignored=0) | {"labels": torch.full((2, 24), -100)}).loss
     assert float(loss) == 0
     loss.backward()
-    # As the Trainer counts them, over the accumulated batch.
+    # Counted over the accumulated batch, as the Trainer does.
     assert float(chunked_loss.normalise(torch.zeros(()), None, 97, torch.tensor(0))) == 0
 
 

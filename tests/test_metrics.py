@@ -1,4 +1,4 @@
-"""Metrics: lines that are right, and a file that stays one clean history through crashes."""
+"""Metrics: the lines are right, and after a crash the file is still one clean history."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_lines_say_what_the_trainer_logged(tmp_path, capsys):
 
 
 def test_a_resumed_run_leaves_one_clean_history(tmp_path):
-    """Killed in step 6 after the checkpoint of step 4, half way through writing a line."""
+    """As if killed in step 6, after the checkpoint of step 4, while a line was being written."""
     file = tmp_path / "metrics.jsonl"
     train(tmp_path, file)
     whole = [json.loads(line) for line in file.read_text().splitlines()]
@@ -80,7 +80,7 @@ def test_a_resumed_run_leaves_one_clean_history(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[:4] == whole[:4]
     assert [line["loss"] for line in lines] == [line["loss"] for line in whole]
-    assert lines[4]["seconds"] > whole[3]["seconds"]  # it goes on from there
+    assert lines[4]["seconds"] > whole[3]["seconds"]  # the clock continues from there
     assert [path.name for path in tmp_path.glob("metrics*")] == ["metrics.jsonl"]
 
 

@@ -1,4 +1,4 @@
-"""Training cannot be lost: killed, stopped, out of disk, it goes on and ends in the same weights."""
+"""Training is never lost: after a kill, a signal or a full disk it resumes and ends in the same weights."""
 
 import random
 import signal
@@ -13,7 +13,7 @@ from training_runs import command, make_inputs, settings, train
 from longyarn.core.files import sha256
 
 STEPS = 10
-DROPOUT = {"rank": 4, "dropout": 0.1}  # so that the state of the random generators counts
+DROPOUT = {"rank": 4, "dropout": 0.1}  # dropout makes the state of the random generators matter
 
 
 def of_ten_steps(**changes) -> dict:
@@ -31,7 +31,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs, tmp_path_factory) -> str:
-    """The weights of a run that nothing happened to."""
+    """The weights of a run without interruption."""
     output = tmp_path_factory.mktemp("undisturbed")
     train(inputs, output, of_ten_steps())
     return weights(output)
@@ -64,7 +64,7 @@ class Started:
 def test_killed_at_any_step_a_run_ends_in_the_same_weights(inputs, undisturbed, tmp_path, seed):
     generator = random.Random(seed)
     training = of_ten_steps()
-    # The last seed is killed twice, the second time by the attempt that had gone on.
+    # With the last seed, the resumed attempt is killed as well.
     for _ in range(2 if seed == 2 else 1):
         started = Started(command(inputs, tmp_path, training))
         started.until(f"train: step {generator.randint(5, STEPS - 1)}/")
@@ -126,7 +126,7 @@ def test_more_steps_extend_a_finished_run(inputs, undisturbed, tmp_path):
     done = train(inputs, tmp_path, of_ten_steps(save_steps=1, save_total_limit=3, logging_steps=2))
     assert "resuming from attempt-0001/checkpoint-6" in done.stderr
     assert weights(tmp_path) == undisturbed
-    # What watches and keeps is that of the new settings, not of those in the checkpoint.
+    # Saving and logging follow the new settings, not those in the checkpoint.
     saved = (tmp_path / "work").glob("*/attempt-0002/checkpoint-*")
     assert sorted(path.name for path in saved) == ["checkpoint-10", "checkpoint-8", "checkpoint-9"]
     assert [line for line in done.stderr.splitlines() if "train: step 7/" in line] == []

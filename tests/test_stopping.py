@@ -101,7 +101,7 @@ def test_a_replaced_attempt_stops_in_one_sentence(alone, state):
     with pytest.raises(UserError, match="a newer attempt has taken over"):
         after_a_step(stop, state)
     with pytest.raises(UserError, match="a newer attempt has taken over"):
-        stop.end(CPU)  # nor does it publish what it has trained
+        stop.end(CPU)  # and it does not publish its weights
 
 
 def test_the_deadline_is_slurm_s_own_or_reckoned_from_now(monkeypatch):
@@ -119,7 +119,7 @@ def test_the_meeting_point_is_the_machine_that_called_srun():
     }  # fmt: skip
     alone = ["--standalone", "--local-addr=127.0.0.1"]
     assert launch.meeting_point(1, {}) == alone
-    # A shell that srun started on two machines says nothing of a training on one.
+    # These variables may come from a shell on two machines, while the training runs on one.
     assert launch.meeting_point(1, environment) == alone
     assert launch.meeting_point(2, environment) == [
         "--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.7", "--master-port=23456"

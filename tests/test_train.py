@@ -1,4 +1,4 @@
-"""Training: masks that are on, losses that are right, checkpoints that resume exactly."""
+"""Training: the masks work, the losses are right, and checkpoints resume exactly."""
 
 import itertools
 import json
@@ -46,7 +46,7 @@ def test_packed_loss_equals_the_loss_of_the_pieces_alone(finished, model):
         unmasked = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
     assert len(starts) > 3
     assert float(packed) == pytest.approx(total / count, abs=1e-5)
-    assert abs(float(unmasked) - total / count) > 1e-3  # without masks it would not be equal
+    assert abs(float(unmasked) - total / count) > 1e-3  # without masks the losses differ
 
 
 def test_the_mask_guard_passes_with_masks_on(model):
@@ -54,7 +54,7 @@ def test_the_mask_guard_passes_with_masks_on(model):
 
 
 def test_the_mask_guard_sees_masks_that_are_off(model):
-    """One of the silent off-switches: somewhere an attention_mask is passed along."""
+    """One of the things that switch masks off silently: an attention_mask is passed along."""
 
     class WithMask(torch.nn.Module):
         def __init__(self, inner):
@@ -64,7 +64,7 @@ def test_the_mask_guard_sees_masks_that_are_off(model):
         def forward(self, input_ids, **more):
             return self.inner(input_ids, attention_mask=torch.ones_like(input_ids), **more)
 
-    with pytest.raises(UserError, match="document masks are not in force"):
+    with pytest.raises(UserError, match="document masks have no effect"):
         guards.check_masks(WithMask(model))
 
 
@@ -79,7 +79,7 @@ def test_first_tokens_of_pieces_are_no_labels(finished):
 
 
 def test_the_engine_learns_what_a_plain_loop_learns(finished):
-    """The first loss that DeepSpeed's Trainer logs is that of the batch on the patched model."""
+    """The first loss that training logs is the patched model's loss on the first batch."""
     run = finished.directory / "results" / "tests"
     facts = manifest.read(run / "trained.json")["facts"]
     from longyarn.models import loading
@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_weights(finished_copy):
     work = next((finished_copy.directory / "work").iterdir())
     first = work / "attempt-0001"
     assert {path.name for path in first.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-    # Stopped after step 2, while the next checkpoint was being written.
+    # As if it had stopped after step 2, while the next checkpoint was being written.
     (first / "checkpoint-4" / "whole.json").unlink()
     shutil.rmtree(first / "final")
     (run / "trained.json").unlink()

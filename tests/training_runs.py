@@ -18,7 +18,7 @@ LENGTH, BATCH, STEPS = 128, 4, 5
 
 
 def settings(masks: bool = True, **changes) -> dict:
-    """Return a whole config section `training`, checked as a user's is."""
+    """Return a complete config section `training`, checked like a user's."""
     training = {
         "steps": STEPS, "learning_rate": 1.0e-3, "warmup_steps": 0, "batch_size": BATCH, "threads": 1,
         "precision": "fp32", "logging_steps": 1, "gradient_checkpointing": False,
@@ -27,7 +27,7 @@ def settings(masks: bool = True, **changes) -> dict:
 
 
 def make_inputs(directory: Path, masks: bool = True) -> Path:
-    """Make base, RoPE and training sequences below a directory, and return it."""
+    """Make base, RoPE and packed sequences below a directory, and return it."""
     base = bring(make_model(directory / "model", max_position_embeddings=LENGTH // 2), directory)
     rope = json.dumps({"method": "yarn", "target_length": LENGTH, "write_config": True})
     run_stage(
@@ -39,7 +39,7 @@ def make_inputs(directory: Path, masks: bool = True) -> Path:
 
 
 def command(inputs: Path, output: Path, training: dict, work: Path | None = None) -> list[str]:
-    """Return the command that trains, one process a machine of ``training``, all on this one."""
+    """Return the command that trains, with all processes of ``training`` on this machine."""
     return small_runs.train_command(inputs, output, training, work=work, metrics=True)
 
 

@@ -1,1 +1,1 @@
-"""Continued pre-training with transformers' Trainer and DeepSpeed, and the guards around it."""
+"""Continued pre-training with transformers' Trainer and DeepSpeed, and exports to other trainers."""

@@ -1,10 +1,10 @@
-"""The causal loss over chunks of the sequence: never all logits at once, always in float32.
+"""The causal language-modeling loss over chunks of the sequence: in float32, never all logits at once.
 
-The stock loss holds the logits of every position three times over in float32: 12 bytes × vocabulary ×
-length. Here the output head itself, told the labels, gives the sum of the cross entropies and works out
-its gradients on the way, a chunk at a time, so the backward pass only scales them. It stays a call of
-the head, which is where ZeRO-3 gathers the head's weight. DeepSpeed's TiledFusedLogitsLoss adds the
-head's gradient during the forward pass, so what the loss is divided by afterwards does not reach it.
+The stock loss holds three float32 copies of the logits of every position: 12 bytes × vocabulary × length.
+Here the output head itself gets the labels. It returns the sum of the cross entropies and computes the
+gradients along the way, one chunk at a time, so the backward pass only scales them. It is still a call of
+the head, because that is where ZeRO-3 gathers the head's weight. DeepSpeed's TiledFusedLogitsLoss would not
+do: it adds up the head's gradient during the forward pass, before the loss is divided by its count.
 """
 
 import functools
@@ -19,19 +19,19 @@ from longyarn.models.logits import after_the_head
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """The sum of cross entropies of ``hidden @ weight.T + bias`` at the labels, float32 ().
+    """The sum of the cross entropies of ``hidden @ weight.T + bias`` at the labels, float32 ().
 
-    ``hidden`` is (positions, hidden_size), ``labels`` (positions,); a label of ``IGNORED`` counts nothing.
-    The gradient of a position's logits is softmax minus one-hot.
+    ``hidden``: (positions, hidden_size). ``labels``: (positions,); a label of ``IGNORED`` is not scored.
+    ``chunk``: positions at a time. The gradient of a position's logits is softmax minus one-hot.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, chunk, with_gradients):
-        """Return the sum, and keep the gradients of what needs them."""
+        """Return the sum, and keep the gradients of the inputs that need them."""
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
-        # Sums over chunks, so in float32 whatever the model's type.
+        # These are sums over chunks, so they are in float32 whatever the model's type is.
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
         for begin in range(0, len(hidden), chunk):
@@ -58,7 +58,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        """Return the kept gradients times that of the sum."""
+        """Return the kept gradients, scaled by the gradient of the sum."""
         gradients = (
             None if gradient is None else (gradient * scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
@@ -67,17 +67,17 @@ class SummedCrossEntropy(torch.autograd.Function):
 
 
 def attach(model, chunk: int = LOSS_CHUNK) -> None:
-    """Give a transformers causal language model the loss over chunks, wherever labels are passed.
+    """Make a transformers causal language model compute its loss over chunks whenever labels are passed.
 
-    Its output then has no logits, only the loss. Without labels nothing changes. Where the model has a
-    PEFT adapter, the head is the one that PEFT trains, so the adapter comes first. Raises ``UserError``
-    for a model that changes its logits after the head.
+    Its output then has no logits, only the loss. Without labels nothing changes. Attach a PEFT adapter
+    before, because PEFT may train its own copy of the head. Raises ``UserError`` for a model that changes
+    its logits after the head.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     for key in after_the_head(model.config.get_text_config()):
         raise UserError(
-            f"the model's {key} changes its logits, which training.loss chunked does not know; set stock"
+            f"the model's {key} changes its logits, which training.loss chunked does not support; set stock"
         )
     head = model.get_output_embeddings()
     if hasattr(head, "modules_to_save"):
@@ -110,22 +110,22 @@ def attach(model, chunk: int = LOSS_CHUNK) -> None:
 
 
 def next_tokens(labels, shift_labels=None):
-    """Return each position's label, that of the token after it: (batch, length), ``IGNORED`` at the end."""
-    if shift_labels is not None:  # sequence parallelism shifts before it cuts
+    """Return the label of each position, the next token: (batch, length), ``IGNORED`` at the end."""
+    if shift_labels is not None:  # sequence parallelism shifts them before it splits the sequence
         return shift_labels
     return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
 
 
 def normalise(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
-    """Return the mean loss from the sum that the head gave; transformers calls that ``logits``.
+    """Return the mean loss from the sum that the head returned, which transformers passes as ``logits``.
 
-    ``num_items_in_batch``: the labels of the whole accumulated batch, as the Trainer counts them.
+    ``num_items_in_batch``: the number of labels in the whole accumulated batch, as the Trainer counts it.
     """
     if logits.ndim:
         raise RuntimeError(
-            "the chunked loss was given logits: the head in use is not the one it altered"
+            "the chunked loss got logits: the model uses another head than the one it changed"
         )
     if num_items_in_batch is not None:
-        # A batch of questions alone has no label.
+        # A batch may have no label at all: part of a conversation without an answer.
         return logits / max(num_items_in_batch, 1)
     return logits / (next_tokens(labels, shift_labels) != IGNORED).sum().clamp(min=1)

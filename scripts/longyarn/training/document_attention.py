@@ -1,8 +1,8 @@
-"""Document masks without a mask: each document of a packed sequence attends within itself alone.
+"""Document masks without a mask tensor: each document of a packed sequence attends only within itself.
 
-transformers' sdpa hides documents from one another by a dense mask of all pairs of positions: 1 GiB at 32k,
-and no kernel can leave out what it hides, nor the half that causality hides. Here the same kernel is called
-once a document, causal, so that nothing hidden is computed.
+transformers' sdpa hides documents from one another with a dense mask of all pairs of positions. At 32k it
+takes 1 GiB, and the kernel computes the hidden pairs too, even the half that causality hides. Here the same
+kernel is called once per document, causal, so that no hidden pair is computed.
 """
 
 from itertools import pairwise
@@ -20,19 +20,20 @@ def forward(module, query, key, value, attention_mask, *, position_ids=None, **k
     """Return ``(output, None)`` as transformers' sdpa does, output (batch, length, heads, head_dim).
 
     ``query``: (batch, heads, length, head_dim). ``position_ids``: (batch, length), or (1, length) for all
-    sequences alike, 0 where a document begins.
+    sequences; 0 where a document begins. Raises ``UserError`` for a model whose documents it cannot see, or
+    that attends within a shorter sliding window.
     """
     if attention_mask is not None or position_ids is None:
         raise UserError(
-            f"a model of type {module.config.model_type} does not tell its attention where documents "
-            "begin; set training.attention to eager, or mix.document_masks to false"
+            f"a model of type {module.config.model_type} does not pass its attention the beginnings of "
+            "documents; set training.attention to eager, or mix.document_masks to false"
         )
     found = document_lengths(position_ids)
     window = kwargs.get("sliding_window")
     if window and window < max(max(lengths) for lengths in found):
         raise UserError(
             f"the model attends within a sliding window of {window} tokens, which training.attention sdpa "
-            "does not know together with mix.document_masks; set eager, or rope.sliding_window full"
+            "does not support with mix.document_masks; set eager, or rope.sliding_window to full"
         )
     rows = [slice(row, row + 1) for row in range(len(found))] if len(found) > 1 else [slice(None)]
     outputs = []
@@ -55,7 +56,7 @@ def forward(module, query, key, value, attention_mask, *, position_ids=None, **k
 def document_lengths(position_ids: torch.Tensor) -> list[list[int]]:
     """Return the lengths of each sequence's documents.
 
-    All layers are given the same tensor, so it carries what was found: on a GPU each look would wait.
+    All layers get the same tensor, so the lengths are kept on it: reading them from a GPU makes it wait.
     """
     if not hasattr(position_ids, "document_lengths"):
         begins = [(row == 0).nonzero().flatten().tolist() for row in position_ids]

@@ -1,4 +1,4 @@
-"""What training shows and records of its course: a line of progress and a line of JSON a log entry."""
+"""Progress of training: for each log entry, a line to read and a line of JSON."""
 
 import json
 import math
@@ -15,16 +15,16 @@ from longyarn.training.deepspeed_setup import say
 
 
 class Metrics(TrainerCallback):
-    """Prints a line for each log entry and appends it to a file of JSON lines, in the first process.
+    """Prints a line for each log entry and appends it to a JSON lines file, in the first process.
 
-    ``file``: where to append; None only prints. ``tokens_per_step`` are those of the whole job, as are
-    ``flops_per_token`` (of training) and ``peak_flops`` (operations a second), which give the model
-    FLOPs utilisation (MFU) on GPUs.
+    ``file``: where to append; with None it only prints. ``tokens_per_step``: of the whole job, like
+    ``flops_per_token`` (of training) and ``peak_flops`` (operations per second of all GPUs), which give the
+    model FLOPs utilization (MFU).
 
     A line of the file has ``step``, ``loss``, ``learning_rate``, ``grad_norm``, ``tokens`` (trained on
-    since step 0), ``tokens_per_second`` (since the entry before), ``seconds`` (of training since step 0,
-    over all attempts), ``memory_bytes`` (peak of the first process, on its GPU where it has one) and
-    ``mfu`` (a fraction) where known; or ``step`` and the losses on the held-out documents, each
+    since step 0), ``tokens_per_second`` (since the previous entry), ``seconds`` (of training since step 0,
+    over all attempts), ``memory_bytes`` (peak of the first process, on its GPU if it has one) and, where
+    known, ``mfu`` (a fraction). Or it has ``step`` and the losses on the held-out documents, each as
     ``held_out_<length>``. A number that is not finite is null.
     """
 
@@ -42,7 +42,7 @@ class Metrics(TrainerCallback):
         self.peak_flops = peak_flops
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Take out of the file what the checkpoint does not have, and start the clock."""
+        """Remove the lines after the checkpoint from the file, and start the clock."""
         kept = []
         if self.file and state.is_world_process_zero:
             kept = keep_until(self.file, state.global_step)
@@ -51,7 +51,7 @@ class Metrics(TrainerCallback):
         self.first_step = self.last_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Print and append an entry with a loss; append one of held-out losses."""
+        """Print and append an entry with a loss; only append one with held-out losses."""
         if not (logs and state.is_world_process_zero):
             return
         if held_out := {key: logs[key] for key in logs if key.startswith("held_out_")}:
@@ -85,7 +85,7 @@ class Metrics(TrainerCallback):
 
 
 def describe(line: dict, steps: int, left: float) -> str:
-    """Return the line of progress for a line of the file; ``left`` are seconds to go."""
+    """Return the line of progress for a line of the file; ``left``: the seconds left."""
     parts = [
         f"learning rate {line['learning_rate']:.2e}" if line["learning_rate"] is not None else "",
         f"grad norm {line['grad_norm']:.3f}" if line["grad_norm"] is not None else "",
@@ -99,21 +99,21 @@ def describe(line: dict, steps: int, left: float) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes so far of this process: allocated on its GPU, or else resident."""
+    """Return this process's peak memory in bytes: allocated on its GPU, or else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def finite(value: float | None) -> float | None:
-    """Return the value, None in place of what JSON cannot say."""
+    """Return the value, or None for a number that JSON cannot express."""
     return value if value is None or math.isfinite(value) else None
 
 
 def keep_until(file: Path, step: int) -> list[dict]:
-    """Drop from a metrics file the lines after ``step`` and any torn one; return the lines kept.
+    """Remove the lines after ``step`` and incomplete ones from a metrics file; return the lines kept.
 
-    An attempt that was killed has logged steps after its last checkpoint; they will be trained again.
+    An attempt that was killed has logged steps after its last checkpoint, which will be trained again.
     """
     kept = [line for line in read(file) if line["step"] <= step] if file.is_file() else []
     write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
@@ -121,7 +121,7 @@ def keep_until(file: Path, step: int) -> list[dict]:
 
 
 def read(file: Path) -> list[dict]:
-    """Return the lines of a metrics file, without one that a crash has torn."""
+    """Return the lines of a metrics file, except any that a crash left incomplete."""
     lines = []
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

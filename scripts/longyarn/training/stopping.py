@@ -1,8 +1,8 @@
-"""Stopping training between two steps, with a whole checkpoint, by agreement of all processes.
+"""Stops training between two steps, in all processes together, with a whole checkpoint.
 
-Reasons to stop: a signal (SLURM sends SIGTERM before it preempts, cancels or ends a job), a time
-limit that comes near, and a newer attempt that has taken over. Each process may learn of them at
-another step, so after every step all processes take the largest of their wishes.
+The reasons are a signal (SLURM sends SIGTERM before it preempts, cancels or ends a job), a time limit that
+is near, and a newer attempt that has taken over. Processes may notice a reason at different steps, so
+after every step they all act on the strongest one that any of them has.
 """
 
 import os
@@ -20,27 +20,27 @@ from longyarn.training.deepspeed_setup import say
 
 GO_ON, SAVE, CHECKPOINT, REPLACED = range(4)
 
-# Seconds a job spends before it comes to train.py: Snakemake's own start, the check of the evaluation.
+# Seconds of a job before training starts: Snakemake's own start and the check of the evaluation.
 BEFORE_TRAINING = 60
-# Seconds kept in hand at the end, for the exit itself.
+# Seconds kept free at the end, for the exit itself.
 MARGIN = 15
 
 
 def deadline(minutes: float) -> float:
-    """Return the epoch second at which SLURM will end this job of ``minutes``.
+    """Return when SLURM will end this job of ``minutes``, in seconds since the epoch.
 
-    Newer versions of SLURM (23.02 on) tell it; otherwise it is reckoned from now.
+    SLURM 23.02 and later state it in the environment; otherwise it is computed from now.
     """
     told = os.environ.get("SLURM_JOB_END_TIME")
     return float(told) if told else time.time() + 60 * minutes - BEFORE_TRAINING
 
 
 class Stopping(TrainerCallback):
-    """Watches for reasons to stop, marks checkpoints whole, and measures what a stop needs.
+    """Watches for reasons to stop, marks checkpoints as whole, and measures how long a stop takes.
 
-    ``stopped`` is the reason in words once training was told to stop. The lead before the deadline
-    is the longest step so far, twice the longest save so far, and a margin; until a save was measured
-    it is one tenth of the time left at the start. ``save_minutes``: the longest time between saves.
+    ``attempt``: the directory of this attempt. ``deadline``: seconds since the epoch, or None.
+    ``save_minutes``: the longest time between saves, or None. ``stopped`` is the reason in words once
+    training was told to stop.
     """
 
     def __init__(
@@ -61,12 +61,16 @@ class Stopping(TrainerCallback):
         self.signal = number
 
     def lead(self) -> float:
-        """Return the seconds before the deadline at which training must stop to save in time."""
+        """Return how many seconds before the deadline training must stop to save in time.
+
+        This is the longest step so far, twice the longest save so far, and a margin. Before the first
+        save, one tenth of the time that was left at the start stands in for the saves.
+        """
         save = 2 * self.longest_save or self.first_lead
         return self.longest_step + save + MARGIN
 
     def wish(self) -> int:
-        """Return what this process alone would do now."""
+        """Return what this process would do now if it were alone."""
         if attempts.superseded(self.attempt):
             return REPLACED
         late = self.deadline is not None and time.time() + self.lead() > self.deadline
@@ -76,22 +80,22 @@ class Stopping(TrainerCallback):
         return SAVE if due else GO_ON
 
     def agree(self, device: torch.device) -> int:
-        """Return the largest wish of all processes; raise ``UserError`` in all if one was replaced."""
+        """Return the strongest wish of all processes; raise ``UserError`` in all if one was replaced."""
         wish = torch.tensor(self.wish(), device=device)
         torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
         if wish == REPLACED:
             raise UserError(
-                f"a newer attempt has taken over {self.attempt.parent}; this one stops, and only one "
-                "may write: nothing is to be done"
+                f"a newer attempt has taken over {self.attempt.parent}, so this one stops; there is "
+                "nothing to fix"
             )
         return int(wish)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Start the step's clock."""
+        """Start timing the step."""
         self.step_began = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Agree with the other processes on going on; stop all or none."""
+        """Agree with the other processes whether to go on; either all stop or none does."""
         self.save_began = time.monotonic()
         self.longest_step = max(self.longest_step, self.save_began - self.step_began)
         wish = self.agree(args.device)
@@ -103,7 +107,7 @@ class Stopping(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        """Declare the checkpoint whole when all processes have written, and drop older attempts."""
+        """Mark the checkpoint as whole once all processes have written it, and remove older attempts."""
         torch.distributed.barrier()
         self.saved = time.monotonic()
         self.longest_save = max(self.longest_save, self.saved - self.save_began)
@@ -113,8 +117,10 @@ class Stopping(TrainerCallback):
                 attempts.remove_older(self.attempt)
 
     def end(self, device: torch.device) -> None:
-        """Exit, where training was stopped, so that it is tried again; else make sure to be the newest."""
+        """Exit with code 75 if training was stopped; otherwise only check that no attempt is newer."""
         self.agree(device)
         if self.stopped:
-            say(f"train: stopped by {self.stopped}; the checkpoint is whole, run again to go on")
-            sys.exit(os.EX_TEMPFAIL)  # 75, "try again": not finished, and nothing is wrong
+            say(
+                f"train: stopped by {self.stopped}; a whole checkpoint is saved, run again to resume"
+            )
+            sys.exit(os.EX_TEMPFAIL)  # 75, "try again": not finished, but nothing is wrong
