@@ -6,7 +6,9 @@ The base, or a published model that it is compared with (evaluation.more_variant
 
 rule download_model:
     input:
-        lambda wildcards: files_of(layout.source_of(wildcards.get("variant"))["source"], BASE_MODEL_FILES),
+        lambda wildcards: files_of(
+            layout.source_of(wildcards.get("variant"))["source"], BASE_MODEL_FILES
+        ),
     output:
         manifest=f"{RUN}/base.json",
         payload=directory(f"{RUN}/base"),
