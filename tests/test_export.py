@@ -292,7 +292,7 @@ def test_the_card_of_the_run(finished):
     assert model_card.figure(report["perplexity"]["base"]["1024"]) in text
     assert "No threshold was set" in text
     assert '"seed": 0' in text and report["code"]["train"] in text
-    assert str(finished.directory) not in text and "202" not in text.split("## To make it")[0]
+    assert str(finished.directory) not in text and "202" not in text.split("## How to reproduce")[0]
 
 
 def test_the_card_is_the_same_for_equal_figures(finished, extended, tmp_path):
