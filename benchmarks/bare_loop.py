@@ -1,26 +1,25 @@
-"""A bare PyTorch training loop on the inputs of the default run, to measure the training stage by.
+"""A bare PyTorch training loop on the inputs of the default run, for comparison with the training stage.
 
-Everything that the stage's settings say is the same here: model, RoPE, adapter, batch, precision,
-attention, document masks, loss, checkpointing, optimizer, clipping, threads and data. What is missing
-is what the stage is for: engine, checkpoints, guards, metrics. Prints a line a step.
+It follows the stage's settings: model, RoPE, adapter, batch, precision, attention, document masks, loss,
+optimizer, clipping, threads and data. It lacks what the stage adds: DeepSpeed, checkpoints, guards and
+metrics. Takes the run's directory and config section `training` as JSON; prints a line per step.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import paths  # noqa: F401
+
 from longyarn.core import manifest
 from longyarn.core.torch_setup import set_up_torch
-from longyarn.data.packed_dataset import Packed
+from longyarn.data.packed_dataset import IGNORED, Packed
 from longyarn.models import loading, lora
 from longyarn.training import chunked_loss, model_setup
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
 
 def main(run: Path, settings: dict) -> None:
-    """Train on the stages' results below ``run`` with config section `training`."""
+    """Train on the results of the stages below ``run``; ``settings``: config section `training`."""
     set_up_torch(settings["threads"])
     import torch
     import transformers
@@ -50,7 +49,7 @@ def main(run: Path, settings: dict) -> None:
     for step in range(1, settings["steps"] + 1):
         rows = range((step - 1) * settings["batch_size"], step * settings["batch_size"])
         batch = [{key: part[None] for key, part in data[row].items()} for row in rows]
-        labels = sum(int((item["labels"][:, 1:] != -100).sum()) for item in batch)
+        labels = sum(int((item["labels"][:, 1:] != IGNORED).sum()) for item in batch)
         total = 0.0
         for item in batch:
             loss = model(**item, num_items_in_batch=labels).loss

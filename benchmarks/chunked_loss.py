@@ -1,23 +1,21 @@
-"""Peak memory of one training step at 32,768 tokens with a vocabulary of 32,000, by kind of loss.
+"""Peak memory of one training step at 32,768 tokens with a vocabulary of 32,000, chunked against stock loss.
 
-Each loss runs in a process of its own, on a model so small that logits are nearly all there is. What is
-compared is the growth of the process's largest resident set during the step. Prints JSON.
+Each loss runs in its own process, on a model so small that nearly all memory is logits. The figure is how
+much the step raises the process's peak resident memory. Prints JSON.
 """
 
 import json
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+import paths  # noqa: F401
 
 LENGTH, VOCABULARY = 32768, 32000
 
 
 def step(kind: str) -> int:
-    """Return by how many bytes a forward and backward pass with this loss raises the peak."""
+    """Return how many bytes a forward and backward pass with this loss adds to the peak."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,7 +37,7 @@ def step(kind: str) -> int:
 
 
 def measure() -> dict:
-    """Return the bytes of both losses, each measured in its own process, and their ratio."""
+    """Return the bytes of both losses and their ratio."""
     found = {}
     for name, kind in (("ours", "chunked"), ("other", "stock")):
         command = [sys.executable, __file__, kind]

@@ -1,9 +1,11 @@
-"""Train random models of real shapes at 32,768 tokens on a GPU: speed, memory, and what each saves.
+"""Train random models of real shapes at 32,768 tokens on a GPU: speed, memory, and what each feature saves.
 
-Not run by us: there was no GPU. Every case is the training stage itself in a process of its own. Prints
-a line a case and writes benchmarks/gpu.json. Published for comparison, an 8B on one H100 with ALST
-(arXiv 2506.13996): 189 TFLOP/s at 32k tokens, 548 at 500k. `--cpu` with a short `--length` tries the
-program where there is no GPU; its figures mean nothing.
+    python benchmarks/gpu.py --shape 1b --case all "stock loss"
+
+We had no GPU to run it on. Each case is the training stage in its own process. Prints a line per case and
+writes benchmarks/gpu.json. A published figure for comparison: an 8B model on one H100 with ALST
+(arXiv 2506.13996) reaches 189 TFLOP/s at 32k tokens and 548 at 500k. `--cpu` with a short `--length` tests
+the program without a GPU; its figures mean nothing.
 """
 
 import argparse
@@ -16,19 +18,19 @@ from pathlib import Path
 import memory
 import small_runs
 import torch
+from paths import ROOT
 
 from longyarn.cluster import estimate, model_shapes
 from longyarn.core.errors import UserError
 from longyarn.training.metrics import read
 
-ROOT = Path(__file__).resolve().parents[1]
 LLAMA_2_7B = memory.MICRO | {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000,
     "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
     "tie_word_embeddings": False,
 }  # fmt: skip
 SHAPES = {"llama-2-7b": LLAMA_2_7B, "1b": memory.ONE_BILLION, "micro": memory.MICRO}
-# All features that every GPU has, and what differs from that.
+# "all" has every feature that works on any GPU; the others say how they differ from it.
 CASES = {
     "all": {},
     "stock loss": {"loss": "stock"},
@@ -48,12 +50,12 @@ def configuration(length: int, cpu: bool, changes: dict) -> dict:
         "precision": "fp32" if cpu else "bf16", "gpus": 0 if cpu else 1, "threads": 1,
         "gradient_checkpointing": True, "lora": {"rank": 64},
     }  # fmt: skip
-    # Whole documents of full length, which cost the most.
+    # Whole documents of full length, which cost the most time.
     return small_runs.configured(length, training | changes, document_masks=False)
 
 
 def measure(sizes: dict, length: int, cpu: bool, changes: dict) -> dict:
-    """Return tokens a second, model operations a second and peak memory of a case, or its error."""
+    """Return the speed, model operations per second and peak memory of a case, or its error."""
     config = configuration(length, cpu, changes)
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
@@ -75,15 +77,15 @@ def measure(sizes: dict, length: int, cpu: bool, changes: dict) -> dict:
 
 
 def main() -> None:
-    """Run all cases of the shapes asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the chosen cases for the chosen shapes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llama-2-7b", "1b"])
     parser.add_argument("--length", type=int, default=32768, help="tokens of a sequence")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--cpu", action="store_true", help="try the program without a GPU")
+    parser.add_argument("--cpu", action="store_true", help="test the program without a GPU")
     arguments = parser.parse_args()
     if not arguments.cpu and not torch.cuda.is_available():
-        sys.exit("error: there is no GPU here; run this where there is one, or try it with --cpu")
+        sys.exit("error: no GPU found; run this on a machine with one, or test it with --cpu")
     device = "CPU" if arguments.cpu else torch.cuda.get_device_name()
     results = {"device": device, "length": arguments.length, "results": []}
     for shape in arguments.shape:

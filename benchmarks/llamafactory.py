@@ -1,9 +1,9 @@
-"""Tokens a second of the training stage against LLaMA-Factory's trainer, on the inputs of the default run.
+"""Tokens per second of the training stage against LLaMA-Factory's trainer, on the inputs of the default run.
 
 Both train the same patched base on the same token ids in the same order, with the same adapter, batch,
-precision, schedule and threads. Each does it as it comes: LLaMA-Factory's pre-training lets the documents of
-a sequence see one another, ours hides them. That both learn the same is checked without masks. It needs older
-libraries and so an environment of its own, made below .cache/ when it is not there; torch is the same.
+precision, schedule and threads. LLaMA-Factory's pre-training lets the documents of a sequence see one
+another, while ours hides them. A run without masks checks that both learn the same. LLaMA-Factory needs
+older libraries, so it gets its own environment below .cache/, with the same torch, made if it is missing.
 """
 
 import json
@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import small_runs
 import training_speed
+from paths import ROOT, RUN
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-RUN = training_speed.RUN
 ENVIRONMENT = ROOT / ".cache" / "benchmarks" / "llamafactory"
 VERSION = "0.9.5"
-UNTIMED = 2 * training_speed.WARM  # sequences of the first steps, two a step
+UNTIMED = 2 * training_speed.WARM  # sequences of the untimed first steps, two per step
 
 
 class NotInstalled(Exception):
@@ -30,7 +29,7 @@ class NotInstalled(Exception):
 
 
 def environment() -> Path:
-    """Return the Python of LLaMA-Factory's environment, made when it is not there."""
+    """Return the Python of LLaMA-Factory's environment, which is made if it is missing."""
     python = ENVIRONMENT / "bin" / "python"
     if (ENVIRONMENT / "whole").is_file():
         return python
@@ -46,7 +45,7 @@ def environment() -> Path:
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode:
             raise NotInstalled(done.stderr.strip().splitlines()[-1])
-    # Imported at the top, for audio alone; there is none for each build of torch.
+    # LLaMA-Factory imports torchaudio, which it needs only for audio and which some builds of torch lack.
     packages = next(ENVIRONMENT.glob("lib/python*/site-packages"))
     (packages / "torchaudio.py").write_text("", encoding="utf-8")
     (ENVIRONMENT / "whole").touch()
@@ -54,10 +53,10 @@ def environment() -> Path:
 
 
 def prepare(directory: Path) -> None:
-    """Write a model directory, the token ids as they read them, and our inputs with and without masks."""
+    """Write the model, the token ids for LLaMA-Factory, and our inputs with and without masks."""
     shutil.copytree(RUN / "base", directory / "model")
     shutil.copyfile(RUN / "rope/yarn/config.json", directory / "model/config.json")
-    # Their collator makes no label of the padding token, which is the base's end of document.
+    # Their collator ignores the padding token as a label, and the base's is its end of document.
     tokenizer = directory / "model/tokenizer_config.json"
     words = json.loads(tokenizer.read_text(encoding="utf-8")) | {"pad_token": "<pad>"}
     tokenizer.write_text(json.dumps(words), encoding="utf-8")
@@ -73,7 +72,7 @@ def prepare(directory: Path) -> None:
 def sequences() -> tuple[np.ndarray, list[list[int]]]:
     """Return sequences of the default run and the lengths of their pieces.
 
-    Of those that are timed a fifth hold short documents, as of all that the default packs.
+    A fifth of the timed sequences hold short documents, as in the default's whole pack.
     """
     pack = json.loads((RUN / "pack.json").read_text(encoding="utf-8"))
     stored = load_file(RUN / next(iter(pack["files"])))
@@ -115,7 +114,7 @@ def theirs(directory: Path, training: dict, output: str) -> dict:
         "lora_alpha": lora["alpha"],
         "lora_dropout": lora["dropout"],
         "lora_target": "all",
-        "dataset": "unused",  # asked for, though tokenized_path is what is read
+        "dataset": "unused",  # required, but only tokenized_path is read
         "tokenized_path": str(directory / "dataset"),
         "disable_shuffling": True,
         "output_dir": str(directory / output),

@@ -1,9 +1,10 @@
-"""Measure the peak memory of our training stage and compare it with the plan's estimate.
+"""Measure the peak memory of the training stage and compare it with the plan's estimate.
 
-For each case a random model is made and trained for one step by the stages themselves, each in its
-own process; the peak is the training process's largest resident set. What Python and the libraries
-take is measured in the same way, with a model of almost nothing, and subtracted. Takes the names of
-cases, or none for all; tests/test_estimate.py runs the quick ones.
+    python benchmarks/memory.py micro micro-full
+
+For each case, the stages themselves make and train a random model, each in its own process. The peak is
+the training process's largest resident set. The memory of Python and the libraries is measured with a
+tiny model and subtracted. Without names it runs all cases; tests/test_estimate.py runs the quick ones.
 """
 
 import contextlib
@@ -15,11 +16,9 @@ import tempfile
 from pathlib import Path
 
 import small_runs
+from paths import ROOT, SCRIPTS
 
 from longyarn.cluster import estimate, model_shapes
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
 
 MICRO = json.loads((ROOT / "resources/micro-base/config.json").read_text())
 NOTHING = MICRO | {
@@ -71,7 +70,7 @@ def configuration(case: str) -> dict:
 
 
 def estimated(case: str) -> tuple[float, float]:
-    """Return the plan's estimates of both peaks in bytes; it knows nothing of the libraries."""
+    """Return the plan's estimates of both peaks in bytes, without the libraries."""
     parts = estimate.memory(
         model_shapes.Shape.of(CASES[case][0]), estimate.Setup.of(configuration(case))
     )
@@ -79,7 +78,7 @@ def estimated(case: str) -> tuple[float, float]:
 
 
 def measured(case: str) -> tuple[int, int]:
-    """Return both peaks of a case in bytes, with the libraries."""
+    """Return both peaks of a case in bytes, including the libraries."""
     with tempfile.TemporaryDirectory() as directory:
         return peaks(case, Path(directory))
 
@@ -90,9 +89,9 @@ def libraries() -> float:
 
 
 def peaks(case: str, work: Path) -> tuple[int, int]:
-    """Train a case below the directory ``work``; return the peak resident bytes of steps, and of all.
+    """Train a case in the directory ``work``; return the peak bytes of the steps and of the whole run.
 
-    Between the two lies saving, for which the Trainer copies the model.
+    The difference is saving, for which the Trainer copies the model.
     """
     sizes, length, _ = CASES[case]
     prepare(sizes, length, work)
@@ -108,7 +107,7 @@ def peaks(case: str, work: Path) -> tuple[int, int]:
 
 
 def prepare(sizes: dict, length: int, work: Path, document_masks: bool = True) -> None:
-    """Make a random model of these sizes and what training it takes, below ``work``."""
+    """Make a random model of these sizes, and the other inputs of training, in ``work``."""
     sizes = sizes | {"max_position_embeddings": length}
     run([sys.executable, "-c", MAKE_MODEL, json.dumps(sizes), work / "model"])
     stage("download_model", work, "base", "--source", work / "model", "--cache", work)
@@ -123,7 +122,7 @@ def high_water(script: str, argument: str) -> int:
     """Return the largest resident set so far, in bytes, of the process that runs a script."""
     sizes = [0]
     for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):  # a process that has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             command = status.with_name("cmdline").read_text().split("\0")
             if any(part.endswith(script) for part in command[:4]) and argument in str(command):
                 lines = status.read_text().splitlines()
@@ -133,12 +132,12 @@ def high_water(script: str, argument: str) -> int:
 
 def stage(name: str, work: Path, output: str, *arguments) -> None:
     """Run a stage's program, its manifest and payload named ``output``."""
-    script = ROOT / "scripts" / f"{name}.py"
+    script = SCRIPTS / f"{name}.py"
     where = ["--manifest", work / f"{output}.json", "--output", work / output]
     run([sys.executable, script, *where, *arguments])
 
 
-# What Linux counts for a process begins with what its parent held when it was made: so a small one between.
+# Linux starts a process's peak at what its parent held. So a small process starts the measured one.
 LAUNCH = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:])
@@ -148,10 +147,10 @@ sys.exit(status)
 
 
 def run(command: list, see=lambda line: None) -> int:
-    """Run a command, show ``see`` its lines, return the peak resident bytes of its largest process.
+    """Run a command, pass its lines to ``see``, and return the peak resident bytes of its largest process.
 
-    The threshold makes glibc give freed tensors back; with its own, moving one, a model of so small
-    tensors as the micro one holds a good part of them.
+    The fixed threshold makes glibc return freed tensors to the system. With its default, which adapts, a
+    model with tensors as small as the micro model's keeps many of them.
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     process = subprocess.Popen(
@@ -171,7 +170,7 @@ def run(command: list, see=lambda line: None) -> int:
 
 
 def main() -> None:
-    """Print each case's peaks in MiB, without the libraries, beside the estimates."""
+    """Print each case's peaks and their estimates in MiB, without the libraries."""
     base = libraries()
     print(f"libraries {base / 2**20:.0f} MiB")
     print(

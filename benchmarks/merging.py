@@ -1,9 +1,9 @@
 """Time and peak memory of the merge stage against PEFT's ``merge_and_unload``, for 1.1 B parameters.
 
-A random Llama of TinyLlama's shape in shards of bfloat16, 2.2 GB, with a random adapter of rank 64 on all
-linear layers. The other side loads the model and the adapter as PEFT's documentation does, merges and saves.
-Both with their libraries' import and from a warm page cache; ours with the hashes of what it wrote. The
-merged weights of both are compared: they differ by the rounding of PEFT's bfloat16 delta.
+The model is a random Llama of TinyLlama's shape in bfloat16 shards, 2.2 GB, with a random adapter of rank 64
+on all linear layers. The other side loads model and adapter as in PEFT's documentation, merges and saves.
+Both include the import of their libraries and read from a warm page cache; ours also hashes what it wrote.
+The merged weights of both are compared: they differ only by the rounding of PEFT's bfloat16 delta.
 """
 
 import functools
@@ -16,11 +16,9 @@ import time
 from pathlib import Path
 
 import packing_memory
-import texts
+from paths import ROOT, SCRIPTS
 
 from longyarn.core import manifest, tensorfile
-
-sys.path.insert(0, str(texts.ROOT / "scripts"))
 
 RANK, THREADS, ROUNDS = 64, 2, 3
 SHAPE = {
@@ -30,7 +28,7 @@ SHAPE = {
 
 
 def write_inputs(directory: Path) -> None:
-    """Write base model, adapter, RoPE and their manifests, as the stages before the merge do."""
+    """Write base model, adapter, RoPE and their manifests, like the stages before the merge."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -55,14 +53,14 @@ def write_inputs(directory: Path) -> None:
             script=Path(__file__), settings={}, inputs={}, files=files, facts=facts,
         )  # fmt: skip
     rope = json.dumps({"method": "yarn", "target_length": 16384, "write_config": True})
-    command = [sys.executable, texts.ROOT / "scripts/patch_rope.py", "--settings", rope]
+    command = [sys.executable, SCRIPTS / "patch_rope.py", "--settings", rope]
     command += ["--base", directory / "base.json", "--manifest", directory / "rope.json"]
     subprocess.run([*map(str, command), "--output", str(directory / "rope")], check=True)
 
 
 def ours(directory: Path) -> list[str]:
-    """Return the command of the stage."""
-    command = [sys.executable, texts.ROOT / "scripts/merge.py", "--threads", THREADS]
+    """Return the command of the merge stage."""
+    command = [sys.executable, SCRIPTS / "merge.py", "--threads", THREADS]
     for name in ("base", "rope"):
         command += [f"--{name}", directory / f"{name}.json"]
     command += ["--train", directory / "trained.json", "--work", directory / "work"]
@@ -71,7 +69,7 @@ def ours(directory: Path) -> list[str]:
 
 
 def with_peft(directory: Path) -> None:
-    """Merge as PEFT's documentation does."""
+    """Merge as in PEFT's documentation."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -83,7 +81,7 @@ def with_peft(directory: Path) -> None:
 
 
 def compare(directory: Path) -> None:
-    """Stop unless the weights of both sides agree to the rounding of two bfloat16 numbers."""
+    """Exit with an error unless the weights of both sides agree up to bfloat16 rounding."""
     theirs = {
         name: (file, place)
         for file in (directory / "peft").glob("*.safetensors")
@@ -100,9 +98,9 @@ def compare(directory: Path) -> None:
 
 @functools.cache
 def both() -> dict:
-    """Return seconds and peak bytes of both sides, the median of rounds in turn."""
+    """Return the seconds and peak bytes of each round, with both sides in turn."""
     found = {"ours": [], "other": [], "copy": []}
-    with tempfile.TemporaryDirectory(dir=texts.ROOT / ".cache") as name:
+    with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as name:
         directory = Path(name)
         write_inputs(directory)
         theirs = [sys.executable, __file__, "--peft", str(directory)]
@@ -119,7 +117,7 @@ def both() -> dict:
 
 
 def measure(what: str) -> dict:
-    """Return the ``time`` in seconds or the ``memory`` in bytes of both sides, and the median ratio."""
+    """Return the median ``time`` in seconds or ``memory`` in bytes of both sides, and of their ratio."""
     index = ("time", "memory").index(what)
     sides = {side: [one[index] for one in rows] for side, rows in both().items()}
     pairs = zip(sides["ours"], sides["other"], strict=True)

@@ -1,6 +1,8 @@
 """Peak memory of tokenise and pack, all processes together, at 0.1 and 1 GB of text.
 
-Linux's proportional set size, which divides what processes share, sampled while they run.
+    python benchmarks/packing_memory.py 0.1 1
+
+It samples Linux's proportional set size, which divides shared memory among the processes that share it.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import texts
+from paths import ROOT
 
 SIZES = (100_000_000, 1_000_000_000)  # characters
 WORKERS = 2
@@ -20,7 +23,7 @@ INTERVAL = 0.2  # seconds between samples
 
 
 def peak(command: list[str]) -> int:
-    """Return the most bytes that a command and the processes it starts hold at any time."""
+    """Return the peak bytes of a command and the processes that it starts."""
     most = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -32,7 +35,7 @@ def peak(command: list[str]) -> int:
 
 
 def held(process: psutil.Process) -> int:
-    """Return the bytes that a process and its children hold now."""
+    """Return the bytes that a process and its children hold at this moment."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for one in [process, *process.children(recursive=True)]:
@@ -42,15 +45,15 @@ def held(process: psutil.Process) -> int:
 
 
 def at(size: int) -> dict[str, int]:
-    """Return the peak of each stage at this many characters of text."""
-    with tempfile.TemporaryDirectory(dir=texts.ROOT / ".cache") as directory:
+    """Return the peak bytes of each stage for this many characters of text."""
+    with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as directory:
         corpus = texts.write_corpus(Path(directory), size)
         tokenise, pack = texts.stages(corpus, WORKERS)
         return {"tokenise": peak(tokenise), "pack": peak(pack)}
 
 
 def measure(sizes: tuple[int, ...] = SIZES) -> dict:
-    """Return the peak at the largest size, at the smallest, and their ratio."""
+    """Return the peak bytes at the largest and the smallest size, and their ratio."""
     most = [max(at(size).values()) for size in (sizes[-1], sizes[0])]
     return {"ours": most[0], "other": most[1], "ratio": most[0] / most[1]}
 

@@ -1,10 +1,10 @@
-"""Tokens a second of tokenise and pack against what others do from the same text.
+"""Tokens per second of tokenise and pack against other libraries on the same text.
 
-``trl``: `datasets.map` with the model's tokenizer, then TRL's `pack_dataset`, best fit that splits long
-documents, as ours does; against our best_fit. ``map``: the same tokens, joined and cut into sequences by
-`datasets.map`, as transformers' language-modelling examples do; against our concat. Each from JSON Lines on
-disk to sequences on disk, with two processes, and with its libraries' import. TRL is none of our
-requirements: it is installed beside them, for this alone.
+``trl``: `datasets.map` with the model's tokenizer, then TRL's `pack_dataset` with its best fit that splits
+long documents, as ours does; against our best_fit. ``map``: the same tokens, joined and cut into sequences by
+`datasets.map`, as in transformers' language-modeling examples; against our concat. Each goes from JSON Lines
+on disk to sequences on disk, with two processes, including the import of its libraries. TRL is not one of
+our requirements; it is installed below .cache/ for this benchmark.
 """
 
 import itertools
@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 import texts
+from paths import ROOT, RUN
 
 SIZE = 24_000_000  # characters
 PROCESSES, ROUNDS = 2, 3
 LENGTH = 4096
-TRL = texts.ROOT / ".cache/benchmarks/trl"
+TRL = ROOT / ".cache/benchmarks/trl"
 VERSION = "1.16.0"
 STRATEGY = {"trl": "best_fit", "map": "concat"}
 
@@ -31,7 +32,7 @@ def other(kind: str, corpus: Path, output: Path) -> None:
     import datasets
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(texts.RUN / "base")
+    tokenizer = AutoTokenizer.from_pretrained(RUN / "base")
     files = [str(path) for path in sorted((corpus.parent / "corpus").glob("*.jsonl"))]
     cache = str(output / "cache")
     data = datasets.load_dataset("json", data_files=files, split="train", cache_dir=cache)
@@ -59,14 +60,14 @@ def other(kind: str, corpus: Path, output: Path) -> None:
 
 
 def install() -> None:
-    """Bring TRL, without what it asks for: we have what is needed here."""
+    """Install TRL without its dependencies; those that this benchmark uses are there already."""
     if not (TRL / "trl").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", TRL]
         subprocess.run([*map(str, pip), f"trl=={VERSION}"], check=True)
 
 
 def seconds(commands: list[list[str]]) -> float:
-    """Return the wall time of commands, one after the other."""
+    """Return the wall time in seconds of commands that run one after the other."""
     began = time.perf_counter()
     for command in commands:
         subprocess.run(command, check=True, capture_output=True)
@@ -74,7 +75,7 @@ def seconds(commands: list[list[str]]) -> float:
 
 
 def measure(kind: str) -> dict:
-    """Return the median tokens a second of ours and the other, and of their ratio, in turn."""
+    """Return the median tokens per second of both sides, measured in turn, and of their ratio."""
     if kind == "trl":
         install()
     pairs = []

@@ -1,7 +1,7 @@
-"""Tokens a second of tokenise and pack together, against the bare tokenizer's ``encode_batch``.
+"""Tokens per second of tokenise and pack together, against the bare tokenizer's ``encode_batch``.
 
-The stages are timed whole, from text on disk to packed sequences on disk, with Python's start and all
-checks; of the tokenizer only the calls are timed, on text in memory, with as many threads.
+The stages are timed as a whole, from text on disk to packed sequences on disk, including Python's start and
+all checks. For the tokenizer only the calls are timed, on text in memory, with as many threads.
 """
 
 import itertools
@@ -15,17 +15,18 @@ import time
 from pathlib import Path
 
 import texts
+from paths import RUN
 
 SIZE = 96_000_000  # characters
 THREADS, ROUNDS = 2, 3
-AT_ONCE = 256  # documents of a call, some 20 MB: all at once would take gigabytes
+AT_ONCE = 256  # documents per call, about 20 MB; all of them would take gigabytes
 
 
 def encode_batch(corpus: Path) -> None:
-    """Print the seconds that encode_batch takes for a corpus, and the tokens that it finds."""
+    """Print the number of tokens of a corpus and the seconds that encode_batch takes for it."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(texts.RUN / "base/tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(RUN / "base/tokenizer.json"))
     tokens, seconds, found = 0, 0.0, texts.texts_of(corpus)
     while batch := list(itertools.islice(found, AT_ONCE)):
         began = time.perf_counter()
@@ -36,7 +37,7 @@ def encode_batch(corpus: Path) -> None:
 
 
 def bare(corpus: Path) -> float:
-    """Return the tokens a second of ``encode_batch``."""
+    """Return the tokens per second of ``encode_batch``."""
     environment = os.environ | {
         "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(THREADS),
     }  # fmt: skip
@@ -47,7 +48,7 @@ def bare(corpus: Path) -> float:
 
 
 def ours(corpus: Path) -> float:
-    """Return the tokens a second of the two stages."""
+    """Return the tokens per second of the two stages."""
     began = time.perf_counter()
     for command in texts.stages(corpus, THREADS):
         subprocess.run(command, check=True, capture_output=True)
@@ -55,7 +56,7 @@ def ours(corpus: Path) -> float:
 
 
 def measure() -> dict:
-    """Return the median tokens a second of both and of their ratio, measured in turn."""
+    """Return the median tokens per second of both sides, measured in turn, and of their ratio."""
     with tempfile.TemporaryDirectory() as directory:
         corpus = texts.write_corpus(Path(directory), SIZE)
         pairs = [(ours(corpus), bare(corpus)) for _ in range(ROUNDS)]

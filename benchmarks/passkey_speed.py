@@ -1,24 +1,20 @@
-"""Seconds of the default's passkey grid, read with shared prefixes, against ``generate`` for each trial.
+"""Seconds of the default's passkey grid with shared prefixes, against ``generate`` for each trial.
 
-Both have the same model, prompts and threads, and must find the same keys. Loading and tokenising are
-not timed. The model is the base with YaRN to the default's target, untrained.
+Both sides have the same model, prompts and threads, and must find the same keys. Loading and tokenizing are
+not timed. The model is the untrained base with YaRN to the default's target length.
 """
 
 import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import yaml
+from paths import ROOT, RUN
 
-ROOT = Path(__file__).resolve().parents[1]
-RUN = ROOT / "results" / "micro"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from longyarn.core.torch_setup import set_up_torch  # noqa: E402
-from longyarn.evaluation import passkey_prompts, shared_prefixes  # noqa: E402
-from longyarn.models import loading  # noqa: E402
+from longyarn.core.torch_setup import set_up_torch
+from longyarn.evaluation import passkey_prompts, shared_prefixes
+from longyarn.models import loading
 
 ROUNDS = 3
 
@@ -41,7 +37,7 @@ def grid() -> dict[tuple, list[tuple[list[int], int]]]:
 
 
 def ours(model, prompts: dict) -> dict[tuple, int]:
-    """Return the keys found in each cell, as the stage finds them."""
+    """Return the keys found in each cell by the code of the passkey stage."""
     reader = shared_prefixes.Reader(model)
     found = dict.fromkeys(prompts, 0)
     for cell, batch in passkey_prompts.in_order(prompts):
@@ -50,7 +46,7 @@ def ours(model, prompts: dict) -> dict[tuple, int]:
 
 
 def generated(model, prompts: dict) -> dict[tuple, int]:
-    """Return the keys found in each cell, each trial decoded by ``generate``."""
+    """Return the keys found in each cell if ``generate`` decodes each trial."""
     import torch
 
     found = dict.fromkeys(prompts, 0)
@@ -66,14 +62,14 @@ def generated(model, prompts: dict) -> dict[tuple, int]:
 
 
 def timed(function, model, prompts: dict) -> tuple[float, dict]:
-    """Return the seconds that a function takes, and what it found."""
+    """Return the seconds that a function takes, and its result."""
     began = time.perf_counter()
     found = function(model, prompts)
     return time.perf_counter() - began, found
 
 
 def measure() -> dict:
-    """Return the median seconds of both and of their ratio, measured in turn."""
+    """Return the median seconds of both sides, measured in turn, and of their ratio."""
     set_up_torch(1)
     model = loading.load_model(
         RUN / "base", RUN / "rope" / "yarn.json", dtype="fp32", attention="sdpa"

@@ -1,24 +1,20 @@
-"""CPU seconds of a curve of perplexity over 16 lengths from one pass over the longest, against 16 passes.
+"""CPU seconds of perplexity at 16 lengths from one pass over the longest length, against 16 passes.
 
-The protocol `truncate` on the micro base model with YaRN, from 128 to 2048 tokens: ours reads each text
-once at the longest length; the other, as the code that came with YaRN does, once at each length. The
-same function reads and scores in both, and both curves must agree. What is linear in the length costs
-a pass for each length 8.5 times as much, and attention, which is quadratic, 5.8 times. Prints JSON.
+It uses the protocol `truncate` on the micro base model with YaRN, from 128 to 2048 tokens. Ours reads each
+text once, at the longest length; the other side reads it once at each length, like YaRN's published code. The
+same function scores both, and both curves must agree. With a pass for each length, work that is linear in
+the length costs 8.5 times as much, and attention, which is quadratic, 5.8 times. Prints JSON.
 """
 
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from longyarn.evaluation import perplexity_protocols  # noqa: E402
-from longyarn.evaluation.window_losses import window_losses  # noqa: E402
+from longyarn.evaluation import perplexity_protocols
+from longyarn.evaluation.window_losses import window_losses
 
 LONGEST, TEXTS, ROUNDS = 2048, 4, 5
 LENGTHS = [LONGEST * number // 16 for number in range(1, 17)]
@@ -40,14 +36,14 @@ def micro_base():
 
 
 def one_pass(model, texts: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return perplexity by length from one pass."""
+    """Return the perplexity at each length from one pass."""
     whole = window_losses(model, texts, LONGEST, None, "")
     curve = perplexity_protocols.truncate(whole, LENGTHS)
     return {length: figure["value"] for length, figure in curve.items()}
 
 
 def pass_per_length(model, texts: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return perplexity by length from a pass for each."""
+    """Return the perplexity at each length from a pass of its own."""
     curve = {}
     for length in LENGTHS:
         cut = {name: ids[:length] for name, ids in texts.items()}
@@ -58,14 +54,14 @@ def pass_per_length(model, texts: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def timed(curve, model, texts) -> tuple[float, dict[str, float]]:
-    """Return the CPU seconds that a curve takes, and the curve."""
+    """Return the CPU seconds that a function takes, and its curve."""
     began = time.process_time()
     found = curve(model, texts)
     return time.process_time() - began, found
 
 
 def measure() -> dict:
-    """Return the median seconds of both and of their ratio, measured in turn."""
+    """Return the median seconds of both sides, measured in turn, and of their ratio."""
     model, generator = micro_base(), np.random.default_rng(0)
     texts = {
         str(number): generator.integers(model.config.vocab_size, size=LONGEST, dtype=np.int32)

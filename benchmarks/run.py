@@ -1,7 +1,9 @@
-"""Run the benchmarks: each compares two things in turn on this machine and reports the ratio.
+"""Run the benchmarks: each measures two things in turn on this machine and reports their ratio.
 
-Prints a table and writes ``benchmarks/results.json``; of that, only the rows that are named, where some
-are. A ratio is the median of the pairs' ratios, so that a machine whose speed drifts does not tilt it.
+    python benchmarks/run.py noop_vs_version passkey_vs_generate
+
+Prints a table and writes benchmarks/results.json. With names it measures only these rows and keeps the
+others. A ratio is the median of the pairs' ratios, so a machine whose speed drifts does not distort it.
 """
 
 import argparse
@@ -24,22 +26,22 @@ import packing_speed
 import passkey_speed
 import perplexity_curve
 import training_speed
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results.json"
 PAIRS = 7
 DRY_SWEEP = ["snakemake", "-n", "sweep", "--config", "run=nothing-done"]
 
 
 def seconds(command: list[str]) -> float:
-    """Return the wall time of a command in seconds; stop when it fails."""
+    """Return the wall time of a command in seconds; raise an error if it fails."""
     start = time.perf_counter()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return time.perf_counter() - start
 
 
 def compare(name: str, goal: str, ours: list[str], other: list[str]) -> dict:
-    """Time two commands alternately, after one unmeasured run of each."""
+    """Time two commands in turn, after one untimed run of each."""
     seconds(ours), seconds(other)
     pairs = [(seconds(ours), seconds(other)) for _ in range(PAIRS)]
     return {
@@ -66,12 +68,12 @@ def measured(name: str, goal: str, module, show: Callable[[float], str], *argume
 
 
 def tokens_a_second(rate: float) -> str:
-    """Write a speed."""
+    """Return a speed in words."""
     return f"{rate:.0f} tokens/s"
 
 
 def machine() -> str:
-    """Return a line about this machine."""
+    """Return one line that describes this machine."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -81,16 +83,16 @@ def machine() -> str:
 
 
 def seconds_taken(time: float) -> str:
-    """Write a time."""
+    """Return a time in words."""
     return f"{time:.2f} s"
 
 
 def mebibytes(size: float) -> str:
-    """Write a size."""
+    """Return a size in words."""
     return f"{size / 2**20:.0f} MiB"
 
 
-# Each row's goal, and how it is measured.
+# Each row's goal, the function that measures it, and that function's arguments.
 ROWS = {
     "noop_vs_version": ("<= 2", compare, ["snakemake"], ["snakemake", "--version"]),
     "sweep_24_cells_vs_1": (
@@ -111,27 +113,27 @@ ROWS = {
 
 
 def kept(names: list[str]) -> dict[str, dict]:
-    """Return the rows of ``results.json`` where only some are to be measured anew."""
+    """Return the rows of results.json that are kept if only some are measured again."""
     if set(names) == set(ROWS) or not RESULTS.is_file():
         return {}
     before = json.loads(RESULTS.read_text(encoding="utf-8"))
     if before["machine"] != machine():
         sys.exit(
-            f"error: {RESULTS.name} is of another machine, {before['machine']}, and a table is of one; "
-            "measure all rows, by `make bench`"
+            f"error: {RESULTS.name} was measured on another machine, {before['machine']}; all rows must be "
+            "from one machine, so measure all of them with `make bench`"
         )
     return {row["name"]: row for row in before["results"]}
 
 
 def main() -> None:
-    """Run the benchmarks; the default run must be finished, so that a no-op run is one."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the benchmarks. The default run must be finished, so that Snakemake has nothing to do."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default: all"
+        "rows", nargs="*", metavar="ROW", help=f"one of {', '.join(ROWS)}; default: all"
     )
     names = parser.parse_args().rows or list(ROWS)
     if unknown := set(names) - ROWS.keys():
-        parser.error(f"no row is named {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+        parser.error(f"unknown row {', '.join(sorted(unknown))}; choose from {', '.join(ROWS)}")
     rows = kept(names)
     dry = subprocess.run(["snakemake", "-n"], cwd=ROOT, capture_output=True, text=True)
     if "Nothing to be done" not in dry.stdout + dry.stderr:

@@ -1,6 +1,6 @@
-"""Text for the benchmarks of packing: the lines of the default's books in another order for each copy.
+"""Text for the benchmarks of packing: copies of the default's books, each with its lines shuffled.
 
-So there can be any amount of it, no document equals another, and equal sizes give equal text.
+So there can be any amount of text, no two documents are equal, and the same size gives the same text.
 """
 
 import json
@@ -9,20 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from paths import RUN, SCRIPTS
 
 from longyarn.core import manifest
 from longyarn.data import documents
 
-ROOT = Path(__file__).resolve().parents[1]
-RUN = ROOT / "results" / "micro"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-SHORTEST, LONGEST = 1 << 10, 1 << 19  # characters of a document; its length's logarithm is uniform
+SHORTEST, LONGEST = 1 << 10, 1 << 19  # characters of a document; log-uniform
 HELD_OUT = ["books/0"]
 
 
 def made(size: int) -> Iterator[dict]:
-    """Yield documents of ``size`` characters in all, about."""
+    """Yield documents with about ``size`` characters in total."""
     lines = [
         line
         for document in documents.read_shards(RUN / "corpus.json")
@@ -43,13 +40,13 @@ def made(size: int) -> Iterator[dict]:
 
 
 def write_corpus(directory: Path, size: int) -> Path:
-    """Write a corpus of ``size`` characters as the stage download_corpus would; return its manifest."""
+    """Write a corpus of ``size`` characters in the form of the stage download_corpus; return its manifest."""
     (directory / "corpus").mkdir(parents=True)
     shards = documents.write_shards(directory / "corpus", made(size))
     path = directory / "corpus.json"
     manifest.write(
         path,
-        script=ROOT / "scripts/download_corpus.py",
+        script=SCRIPTS / "download_corpus.py",
         settings={},
         inputs={},
         files=shards,
@@ -59,15 +56,15 @@ def write_corpus(directory: Path, size: int) -> Path:
 
 
 def stages(corpus: Path, workers: int = 2, packing: str = "concat") -> list[list[str]]:
-    """Return the commands that tokenise a corpus and pack all of it beside it, for the default's model."""
+    """Return the commands that tokenize a corpus for the default's model and pack all of it, beside it."""
     tokens, pack = corpus.parent / "tokens.json", corpus.parent / "pack.json"
     tokenise = [
-        sys.executable, ROOT / "scripts/tokenise.py", "--base", RUN / "base.json", "--corpus", corpus,
+        sys.executable, SCRIPTS / "tokenise.py", "--base", RUN / "base.json", "--corpus", corpus,
         "--held-out", *HELD_OUT, "--workers", workers, "--work", corpus.parent / "work",
         "--manifest", tokens, "--output", tokens.with_suffix(""),
     ]  # fmt: skip
     packed = [
-        sys.executable, ROOT / "scripts/pack.py", "--tokens", tokens, "--rope", RUN / "rope/yarn.json",
+        sys.executable, SCRIPTS / "pack.py", "--tokens", tokens, "--rope", RUN / "rope/yarn.json",
         "--long-share", 0.3, "--packing", packing, "--document-masks", "--seed", 0,
         "--manifest", pack, "--output", pack.with_suffix(""),
     ]  # fmt: skip
@@ -75,12 +72,12 @@ def stages(corpus: Path, workers: int = 2, packing: str = "concat") -> list[list
 
 
 def tokens_of(corpus: Path) -> int:
-    """Return the tokens that the stages made of a corpus."""
+    """Return the number of tokens that the stages made from a corpus."""
     return manifest.read_facts(corpus.parent / "tokens.json")["tokens"]
 
 
 def texts_of(corpus: Path) -> Iterator[str]:
-    """Yield the documents' texts."""
+    """Yield the texts of the documents."""
     return (json.loads(line)["text"] for line in _lines(corpus))
 
 

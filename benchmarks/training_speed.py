@@ -1,4 +1,4 @@
-"""Tokens a second of the training stage against a bare loop, on the inputs of the default run."""
+"""Tokens per second of the training stage against a bare loop, on the inputs of the default run."""
 
 import json
 import re
@@ -11,28 +11,25 @@ from pathlib import Path
 
 import small_runs
 import yaml
+from paths import ROOT, RUN
 
 from longyarn.config.load import complete
-
-ROOT = Path(__file__).resolve().parents[1]
-RUN = ROOT / "results" / "micro"
-sys.path.insert(0, str(ROOT / "scripts"))
 
 WARM, STEPS, ROUNDS = 2, 7, 3  # the first steps are not timed
 OUR_LINE = r"train: step .* loss ([0-9.]+)"
 
 
 def settings() -> dict:
-    """Return the default's config section `training`, for a few steps without a checkpoint between."""
+    """Return the default's config section `training` for a few steps, without checkpoints in between."""
     config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     config["training"] |= {"steps": STEPS, "logging_steps": 1, "save_steps": 1000}
     return complete(config, ROOT / "schemas" / "config.schema.yaml")["training"]
 
 
 def steps(command: list, line_of_a_step: str = OUR_LINE) -> tuple[float, list[float]]:
-    """Run a training; return seconds a step after the first ones, by its lines, and its losses.
+    """Run a training; return its seconds per step, timed by its lines after the first steps, and its losses.
 
-    ``line_of_a_step`` is a pattern with the loss for its group.
+    ``line_of_a_step``: a pattern whose group is the loss.
     """
     times, seen = [], []
     with subprocess.Popen(
@@ -50,7 +47,7 @@ def steps(command: list, line_of_a_step: str = OUR_LINE) -> tuple[float, list[fl
 
 
 def measure() -> dict:
-    """Return the median tokens a second of both and of their ratio, from runs in turn."""
+    """Return the median tokens per second of both sides, run in turn, and of their ratio."""
     training = settings()
     bare = [sys.executable, ROOT / "benchmarks/bare_loop.py", RUN, json.dumps(training)]
     pairs = []
@@ -66,7 +63,7 @@ def measure() -> dict:
 
 
 def rates(pairs: list[tuple[float, float]], batch_size: int) -> dict:
-    """Return the medians of tokens a second and of their ratio, of pairs of seconds a step."""
+    """Return the median tokens per second of both sides and their ratio, from pairs of seconds per step."""
     tokens = json.loads((RUN / "pack.json").read_text())["facts"]["sequence_length"] * batch_size
     return {
         "ours": statistics.median(tokens / a for a, _ in pairs),
