@@ -20,6 +20,7 @@ from longyarn.models.source_files import (
     is_local,
     tensor_files,
 )
+from longyarn.rope.record import RopeRecord
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     base = manifest.read(arguments.base)["facts"]
-    rope = manifest.read_facts(arguments.rope)
+    rope = RopeRecord.read(arguments.rope)
     if is_local(arguments.source):
         source, commit = external_source.local(arguments.source), None
     else:
@@ -68,10 +69,10 @@ def main() -> None:
     )
 
 
-def check(source: Path, directory: Path, base: dict, rope: dict) -> dict:
+def check(source: Path, directory: Path, base: dict, rope: RopeRecord) -> dict:
     """Check what was trained against the base in ``directory``; return what is known of it.
 
-    ``base`` and ``rope`` are the facts of their manifests.
+    ``base`` holds the facts of the base's manifest.
     """
     from transformers.utils import logging
 

@@ -19,6 +19,7 @@ from longyarn.core import manifest
 from longyarn.core.errors import program
 from longyarn.evaluation import passkey_prompts, perplexity_protocols
 from longyarn.models import loading
+from longyarn.rope.record import RopeRecord
 
 
 def main() -> None:
@@ -26,13 +27,13 @@ def main() -> None:
     base = manifest.read(arguments.base)["facts"]
     tokens = manifest.read_facts(arguments.tokens)
     held_out = {document["id"]: document["tokens"] for document in tokens["held_out"]}
-    rope = manifest.read_facts(arguments.rope)
+    rope = RopeRecord.read(arguments.rope)
     thresholds.check_lengths(
         arguments.thresholds,
         {"perplexity": arguments.perplexity_lengths, "passkey": arguments.passkey_lengths},
         {
-            "original": rope["original_max_position_embeddings"],
-            "target": rope["max_position_embeddings"],
+            "original": rope.original_max_position_embeddings,
+            "target": rope.max_position_embeddings,
         },
     )
     longest = max(arguments.perplexity_lengths)

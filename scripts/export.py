@@ -14,10 +14,10 @@ from longyarn.core import manifest
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import link_weights, new_directory, read_json, write_json
 from longyarn.core.torch_setup import set_up_torch
-from longyarn.models.rope_checks import check_config, check_rotation
 from longyarn.reporting import model_card
 from longyarn.reporting.gate_outcome import compare
 from longyarn.rope import transformers4
+from longyarn.rope.record import RopeRecord
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -40,7 +40,7 @@ def main() -> None:
     set_up_torch(1)
 
     merged = manifest.read(arguments.merge)
-    rope = manifest.read_facts(arguments.rope)
+    rope = RopeRecord.read(arguments.rope)
     report = read_json(arguments.report)
     facts = merged["facts"]
     compared = compare(
@@ -68,9 +68,9 @@ def main() -> None:
         facts={
             "directory": arguments.output.name,
             "name": name,
-            "target_length": rope["max_position_embeddings"],
+            "target_length": rope.max_position_embeddings,
             "old_rope_keys": sorted(
-                transformers4.rope_keys(config["model_type"], rope["rope_parameters"])
+                transformers4.rope_keys(config["model_type"], rope.rope_parameters)
             ),
             "compared": compared,
             "bytes": sum(file.stat().st_size for file in files),
@@ -78,14 +78,14 @@ def main() -> None:
     )
 
 
-def config_for_all(source: Path, rope: dict, trust_remote_code: bool) -> dict:
+def config_for_all(source: Path, rope: RopeRecord, trust_remote_code: bool) -> dict:
     """Return the config.json of the merged model with its RoPE in both forms."""
     from transformers import AutoConfig
 
     loaded = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    check_config(loaded, rope, source / "config.json")
+    rope.check_config(loaded, source / "config.json")
     config = read_json(source / "config.json")
-    return transformers4.with_old_keys(config, rope["rope_parameters"], loaded)
+    return transformers4.with_old_keys(config, rope.rope_parameters, loaded)
 
 
 def write_rest(directory: Path, config: dict) -> None:
@@ -99,14 +99,14 @@ def write_rest(directory: Path, config: dict) -> None:
         write_json(generation, ids)
 
 
-def check(directory: Path, rope: dict, trust_remote_code: bool) -> None:
+def check(directory: Path, rope: RopeRecord, trust_remote_code: bool) -> None:
     """Stop unless transformers builds, from the exported config alone, the RoPE of the manifest."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     try:
-        check_config(config, rope, Path("config.json"))
+        rope.check_config(config, Path("config.json"))
         with torch.device("meta"):  # the weights take no memory
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         rotary = [one for one in model.modules() if hasattr(one, "inv_freq")]
@@ -116,7 +116,7 @@ def check(directory: Path, rope: dict, trust_remote_code: bool) -> None:
             )
             return
         built = torch.nn.ModuleList(type(one)(one.config) for one in rotary)
-        check_rotation(built, rope)
+        rope.check_model(built)
     except UserError as error:
         raise UserError(
             f"the exported config.json of a {config.model_type} model would not run as it was trained "

@@ -30,6 +30,7 @@ from longyarn.core.files import (
 from longyarn.core.torch_setup import set_up_torch
 from longyarn.models import lora_files
 from longyarn.models.source_files import tensor_files
+from longyarn.rope.record import RopeRecord
 
 BLOCK = 1 << 22  # elements that are in memory at once, in float32
 KINDS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -49,7 +50,7 @@ def main() -> None:
     set_up_torch(arguments.threads)
 
     base = manifest.read(arguments.base)
-    rope = manifest.read_facts(arguments.rope)
+    rope = RopeRecord.read(arguments.rope)
     train = manifest.read(arguments.train)
     source = arguments.base.parent / base["facts"]["directory"]
     trained = arguments.train.parent / train["facts"]["directory"]
@@ -239,17 +240,12 @@ def copy_index(source: Path, directory: Path) -> None:
     write_json(directory / name, record)
 
 
-def copy_rest(source: Path, directory: Path, rope: dict, dtype: str | None) -> None:
+def copy_rest(source: Path, directory: Path, rope: RopeRecord, dtype: str | None) -> None:
     """Copy tokenizer and settings beside the weights and write the config with its RoPE."""
-    from longyarn.rope.record import patched_config
-
     for file in sorted(source.glob("[!.]*")):
         if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, directory / file.name)
-    config = read_json(source / "config.json")
-    config = patched_config(
-        config, rope["rope_parameters"], rope["max_position_embeddings"], rope["full_attention"]
-    )
+    config = rope.patched(read_json(source / "config.json"))
     if dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = tensorfile.TORCH[KINDS[dtype]]
@@ -257,7 +253,7 @@ def copy_rest(source: Path, directory: Path, rope: dict, dtype: str | None) -> N
     tokenizer = directory / "tokenizer_config.json"
     if tokenizer.is_file():
         record = json.loads(tokenizer.read_text(encoding="utf-8"))
-        record["model_max_length"] = rope["max_position_embeddings"]
+        record["model_max_length"] = rope.max_position_embeddings
         write_json(tokenizer, record)
 
 

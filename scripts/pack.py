@@ -20,6 +20,7 @@ from longyarn.core.files import new_directory, require_space
 from longyarn.data import packed_dataset, packing
 from longyarn.data.pieces import Plan, share_past
 from longyarn.data.token_store import TRAINING, Tokens
+from longyarn.rope.record import RopeRecord
 
 # Arguments that are recorded in the manifest as settings.
 SETTINGS = (
@@ -113,9 +114,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def lengths(arguments: argparse.Namespace) -> tuple[int, int]:
     """Return the model's original length and the length of a training sequence, in tokens."""
-    rope = manifest.read_facts(arguments.rope)
-    original = rope["original_max_position_embeddings"]
-    length = arguments.sequence_length or rope["max_position_embeddings"]
+    rope = RopeRecord.read(arguments.rope)
+    original = rope.original_max_position_embeddings
+    length = arguments.sequence_length or rope.max_position_embeddings
     if length < original:
         raise UserError(
             f"mix.sequence_length {length} is shorter than the model's original length {original}, so "

@@ -1,8 +1,12 @@
-"""Work out the RoPE settings of one variant of the model, check them, and write them down.
+r"""Compute the RoPE settings of one variant of the base model, check them, and record them.
 
-Method A (``write_config`` true) writes a patched ``config.json``; method B writes the settings alone,
-and every later stage applies them at load. Either way the manifest holds them, with the inverse frequencies
-that every later stage compares with what it loads.
+    python scripts/patch_rope.py --base results/micro/base.json \
+        --settings '{"method": "yarn", "target_length": 4096, "write_config": true}' \
+        --manifest results/micro/rope/yarn.json --output results/micro/rope/yarn
+
+With ``write_config`` true the stage writes a patched ``config.json``. With false it writes the settings
+alone, and later stages apply them when they load the model. The manifest holds the settings in either
+case, with the inverse frequencies that every later stage compares with the model it loads.
 """
 
 import argparse
@@ -15,14 +19,14 @@ from longyarn.core import manifest
 from longyarn.core.errors import UserError, program
 from longyarn.core.files import new_directory, read_json, write_json
 from longyarn.models import loading
-from longyarn.rope.extend import extend
-from longyarn.rope.frequencies import inverse_frequencies, ramp_limits
-from longyarn.rope.parameters import check_parameters
-from longyarn.rope.record import patched_config
+from longyarn.rope.extend import extended_record
+from longyarn.rope.record import RopeRecord
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
     parser.add_argument(
@@ -30,106 +34,34 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
     arguments = parser.parse_args()
-    settings = dict(arguments.settings)
+
     base = manifest.read(arguments.base)
     model_directory = arguments.base.parent / base["facts"]["directory"]
     trust = base["facts"]["trust_remote_code"]
-
     config = loading.read_base_config(model_directory, trust)
-    write = settings.pop("write_config")
-    window = settings.pop("sliding_window", "keep")
-    method = settings["method"]
-    if settings.get("target_length", 0) is None:  # a variant that is defined by its factor alone
-        original = settings["original_max_position_embeddings"] or config.max_position_embeddings
-        settings["target_length"] = round(settings["factor"] * original)
-    own = dict(config.rope_parameters)
-    check_parameters(own)
-    own.pop("type", None)
-    rotary_dim = rotary_dimensions(config)
-    replaced, full_attention = None, False
-    if method == "none":
-        parameters, factor = dict(own), 1.0
-        length = original = config.max_position_embeddings
-    else:
-        full_attention = lifts_window(config, settings["target_length"], window)
-        parameters, factor, original = extend(
-            own,
-            max_position_embeddings=config.max_position_embeddings,
-            rotary_dim=rotary_dim,
-            **settings,
-        )
-        length = settings["target_length"]
-        if own["rope_type"] != "default":
-            replaced = own
-    tell(method, replaced, full_attention, config)
-    frequencies, attention_factor = inverse_frequencies(parameters, rotary_dim)
-    raw = read_json(model_directory / "config.json")
-    patched = patched_config(raw, parameters, length, full_attention)
-    check_it_is_taken(type(config), patched, method)
-
+    rope = extended_record(config, arguments.settings)
+    warn_of_changes(rope, config)
+    patched = rope.patched(read_json(model_directory / "config.json"))
+    check_accepted(type(config), patched, rope.method)
     files = []
     with new_directory(arguments.output) as directory:
-        if write:
+        if arguments.settings["write_config"]:
             write_json(directory / "config.json", patched)
-            files.append("config.json")
-    facts = {
-        "method": method,
-        "replaced": replaced,
-        "full_attention": full_attention,
-        "factor": factor,
-        "original_max_position_embeddings": original,
-        "max_position_embeddings": length,
-        "rope_parameters": parameters,
-        "rotary_dim": rotary_dim,
-        "attention_factor": attention_factor,
-        "inverse_frequencies": frequencies.tolist(),
-        "base_inverse_frequencies": inverse_frequencies(own, rotary_dim)[0].tolist(),
-        "ramp_limits": ramp_limits(parameters, rotary_dim) if method == "yarn" else None,
-    }
+            files.append(arguments.output / "config.json")
     manifest.write(
         arguments.manifest,
         script=Path(__file__),
         settings=arguments.settings,
         inputs={"base": arguments.base},
-        files=[arguments.output / name for name in files],
-        facts=facts,
+        files=files,
+        facts=rope.facts(),
     )
-    # Read back what was written, as every later stage will: transformers fills in silent defaults.
+    # Read back what was written, as every later stage will: transformers fills in defaults silently.
     loading.load_config(model_directory, arguments.manifest, trust)
 
 
-def rotary_dimensions(config) -> int:
-    """Return how many dimensions of a head are rotated."""
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-
-
-def lifts_window(config, target_length: int, setting: str) -> bool:
-    """Tell whether the model's sliding window is to be lifted; stop where nothing would see that far.
-
-    ``setting`` is rope.sliding_window: ``keep`` or ``full``.
-    """
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" in kinds and len(kinds) > 1:
-        raise UserError(
-            f"the model mixes layers that attend within {window} tokens with layers that attend to all; one "
-            "RoPE serves both, and slowing it would change distances that the local layers know; Longyarn "
-            "extends models whose layers are all of one kind"
-        )
-    windowed = getattr(config, "use_sliding_window", True) and window and window < target_length
-    if windowed and setting == "keep":
-        raise UserError(
-            f"the model attends within a sliding window of {window} tokens, less than "
-            f"rope.target_length {target_length}; set rope.sliding_window to full, so that every token "
-            "attends to all before it, or choose a model that attends to its whole context"
-        )
-    return bool(windowed)
-
-
-def check_it_is_taken(config_class: type, patched: dict, method: str) -> None:
-    """Stop where transformers would read the patched configuration otherwise, or not at all."""
+def check_accepted(config_class: type, patched: dict, method: str) -> None:
+    """Stop unless transformers reads the patched ``config.json`` and keeps its RoPE as written."""
     from huggingface_hub.errors import StrictDataclassError
 
     wanted = patched["rope_parameters"]
@@ -137,33 +69,34 @@ def check_it_is_taken(config_class: type, patched: dict, method: str) -> None:
         read = config_class.from_dict(copy.deepcopy(patched))
     except (ValueError, KeyError, TypeError, StrictDataclassError):
         read = None
-    # As Mixtral's is; transformers fills it in for the other methods.
+    # Mixtral is such a model. For the other methods transformers fills in head_dim by itself.
     if wanted["rope_type"] == "yarn" and getattr(read, "head_dim", 0) is None:
         raise UserError(
-            "the model's config.json does not state head_dim, without which transformers builds no YaRN for "
-            f'models of type {patched["model_type"]!r}; write "head_dim": '
+            "the model's config.json does not state head_dim, and without it transformers cannot build YaRN "
+            f'for models of type {patched["model_type"]!r}; write "head_dim": '
             f"{read.hidden_size // read.num_attention_heads} there, in a local copy that model.source names"
         )
     if read is None or read.rope_parameters != wanted:
         raise UserError(
-            f"models of type {patched['model_type']!r} take no RoPE of type {wanted['rope_type']!r} in "
-            f"transformers, so rope.method {method} cannot be written for them; set it to ntk, which "
-            "changes rope_theta alone"
+            f"transformers accepts no RoPE of type {wanted['rope_type']!r} for models of type "
+            f"{patched['model_type']!r}, so rope.method {method} is impossible for them; set it to ntk, "
+            "which changes rope_theta alone"
         )
 
 
-def tell(method: str, replaced: dict | None, full_attention: bool, config) -> None:
-    """Say what the extension takes away from the model, because training has to make up for it."""
-    if replaced:
+def warn_of_changes(rope: RopeRecord, config) -> None:
+    """Tell the user what the extension removes from the model, because training must make up for it."""
+    if rope.replaced:
         print(
-            f"{method} replaces the model's own RoPE scaling {json.dumps(replaced)}; it was trained with "
-            "those frequencies, so training has them to undo as well, and untrained variants start lower",
+            f"{rope.method} replaces the model's own RoPE scaling {json.dumps(rope.replaced)}; the model was "
+            "trained with those frequencies, so training must undo them as well, and untrained variants "
+            "start lower",
             file=sys.stderr,
         )
-    if full_attention:
+    if rope.full_attention:
         print(
-            f"the model's sliding window of {config.sliding_window} tokens is lifted: every token attends to "
-            "all before it, which the model learns in training",
+            f"the model's sliding window of {config.sliding_window} tokens is removed: every token attends "
+            "to all tokens before it, which the model learns in training",
             file=sys.stderr,
         )
 

@@ -23,6 +23,7 @@ from longyarn.core.errors import UserError, program
 from longyarn.core.files import write_json, write_text
 from longyarn.reporting import style
 from longyarn.reporting.sweep_table import DEFAULT, assemble, name_of, page
+from longyarn.rope.record import RopeRecord
 from longyarn.stages import PASSKEY, PERPLEXITY, TRAIN
 
 STAGES = (TRAIN.name, PERPLEXITY.name, PASSKEY.name)
@@ -39,7 +40,7 @@ def main() -> None:
         stage: dict(zip(changes, map(manifest.read_facts, getattr(arguments, stage)), strict=True))
         for stage in STAGES
     }
-    found = assemble(changes, manifest.read_facts(arguments.rope), facts, arguments.benchmarks)
+    found = assemble(changes, RopeRecord.read(arguments.rope), facts, arguments.benchmarks)
     job_record.write_environment(arguments.json)
     write_json(arguments.json, found)
     write_text(arguments.page, page(found, arguments.png.name))

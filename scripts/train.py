@@ -147,7 +147,7 @@ def held_out_losses(tokens: Path, inputs: Inputs, log):
 
     return HeldOut(
         list(held_out_documents(tokens).values()),
-        (inputs.rope["original_max_position_embeddings"], inputs.length),
+        (inputs.rope.original_max_position_embeddings, inputs.length),
         inputs.settings["held_out_steps"],
         inputs.settings["early_stopping"],
         log,

@@ -82,6 +82,18 @@ def bring(model: Path, run_directory: Path) -> Path:
     return run_directory / "base.json"
 
 
+def rope_facts(**changes) -> dict:
+    """Return the facts of a RoPE manifest: YaRN from 512 to 4096 positions, with ``changes``."""
+    plain = [10000 ** (-i / 8) for i in range(8)]
+    return {
+        "method": "yarn", "replaced": None, "full_attention": False, "factor": 8.0,
+        "original_max_position_embeddings": 512, "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rotary_dim": 16,
+        "attention_factor": 1.0, "inverse_frequencies": plain, "base_inverse_frequencies": plain,
+        "ramp_limits": None,
+    } | changes  # fmt: skip
+
+
 def write_mix(directory: Path) -> dict:
     """Write a small corpus in Markdown, JSON Lines and Parquet; return the section ``corpus`` for it.
 

@@ -71,7 +71,7 @@ def refused(model, directory, **settings) -> str:
 def test_a_factor_that_contradicts_the_lengths(model, tmp_path):
     sentence = refused(model, tmp_path, factor=4)
     assert "rope.factor 4 contradicts rope.target_length 4096 / original length 512 = 8" in sentence
-    assert "leave rope.factor null or mend the lengths" in sentence
+    assert "leave rope.factor null or correct the lengths" in sentence
 
 
 def test_a_factor_that_agrees(model, tmp_path):
@@ -181,7 +181,7 @@ def legacy(model) -> None:
 def test_a_model_that_is_scaled_already(model, tmp_path):
     legacy(model)
     sentence = refused(model, tmp_path)
-    assert "already carries RoPE scaling of type 'linear'; to replace it, set" in sentence
+    assert "already has RoPE scaling of type 'linear'; to replace it, set" in sentence
     assert "rope.original_max_position_embeddings" in sentence
     assert "rope.original_reason" in sentence
 

@@ -20,6 +20,7 @@ from longyarn.core import manifest
 from longyarn.core.files import read_json, sha256, write_json
 from longyarn.reporting import model_card
 from longyarn.rope import transformers4
+from longyarn.rope.record import RopeRecord
 
 SETTINGS = {"name": None, "license": None, "language": None}
 NONE = dict.fromkeys(("perplexity_ratio", "retention_ratio", "passkey_rate", "merge_error"))
@@ -38,10 +39,10 @@ def arguments(made: Path, report: Path, asked=NONE, rope="rope.json", **settings
 
 def merged(made: Path, weights: Path) -> Path:
     """Write what the stage merge does, for untrained weights and the RoPE of rope.json."""
-    facts = manifest.read_facts(made / "rope.json")
+    rope = RopeRecord.read(made / "rope.json")
     (made / "merged").mkdir()
     shutil.copy(weights / "model.safetensors", made / "merged")
-    merge.copy_rest(weights, made / "merged", facts, None)
+    merge.copy_rest(weights, made / "merged", rope, None)
     manifest.write(
         made / "merged.json", script=ROOT / "scripts/merge.py", settings={},
         inputs={"rope": made / "rope.json"}, files=sorted((made / "merged").iterdir()),
@@ -211,7 +212,8 @@ def test_another_rope_than_the_models_is_refused(finished, extended, tmp_path):
     report = finished.directory / "results/tests/report.json"
     other = finished.directory / "results/tests/rope/base.json"
     sentence = refusal(export, *arguments(extended, report, rope=other))
-    assert "carries RoPE" in sentence and "1024 positions where the run's manifest says" in sentence
+    assert "has RoPE" in sentence
+    assert "1024 positions, but the run's manifest says" in sentence
     assert not (extended / "export").exists() and not (extended / "export.json").exists()
 
 

@@ -26,6 +26,7 @@ import patch_rope
 from longyarn.core import manifest
 from longyarn.core.errors import program
 from longyarn.models import loading
+from longyarn.rope.record import RopeRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ROOT / "tests" / "families"
@@ -130,7 +131,7 @@ def in_words(facts: dict | None, said: str) -> str:
     if facts["replaced"]:
         words += f"; its own {facts['replaced']['rope_type']} scaling is replaced"
     if facts["full_attention"]:
-        words += "; its sliding window is lifted"
+        words += "; its sliding window is removed"
     return words
 
 
@@ -273,7 +274,7 @@ def test_a_family_works_or_is_refused(name, settings, expected, tmp_path):
     assert not {"rope_scaling", "rope_theta", "rotary_pct", "rotary_emb_base"} & set(written)
     if facts["full_attention"]:
         assert written["sliding_window"] is None
-        assert f"sliding window of {config['sliding_window']} tokens is lifted" in said
+        assert f"sliding window of {config['sliding_window']} tokens is removed" in said
     compare_with_transformers(facts, tmp_path / "run")
     assert_by_hand(facts, config, settings)
 
@@ -403,7 +404,8 @@ def test_a_lifted_window_is_lifted(tmp_path):
         assert sees(model, 16)
         assert sees(model, 100)
     (tmp_path / "merged").mkdir()
-    merge.copy_rest(directory / "weights", tmp_path / "merged", facts, None)
+    rope = RopeRecord.from_facts(facts)
+    merge.copy_rest(directory / "weights", tmp_path / "merged", rope, None)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["sliding_window"] is None
 
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from stages import make_model, one_sentence
+from stages import make_model, one_sentence, rope_facts
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from longyarn.core.errors import UserError
+from longyarn.rope.record import RopeRecord
 from longyarn.training import guards
 from longyarn.training.guards import Guards
 from longyarn.training.trainer import Trainer
@@ -27,9 +28,9 @@ def sequences():
     return [{"input_ids": row, "labels": row.clone()} for row in ids]
 
 
-def rope_of(model) -> dict:
+def rope_of(model) -> RopeRecord:
     rotary = model.model.rotary_emb
-    return {"inverse_frequencies": rotary.inv_freq.tolist(), "attention_factor": 1.0}
+    return RopeRecord.from_facts(rope_facts(inverse_frequencies=rotary.inv_freq.tolist()))
 
 
 def trainer_of(model, sequences, tmp_path, *, callbacks=(), told=None, **changes) -> Trainer:

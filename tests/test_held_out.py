@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from stages import make_model
+from stages import make_model, rope_facts
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
 from longyarn.data.token_store import HELD_OUT, TRAINING, held_out_documents
+from longyarn.rope.record import RopeRecord
 from longyarn.training import held_out_loss
 from longyarn.training.guards import Guards
 from longyarn.training.held_out_loss import HeldOut
@@ -99,7 +100,7 @@ def trainer_of(directory, run, *, every=2, patience=None, watched=True, **change
         "disable_tqdm": True,
     }
     rotary = model.model.rotary_emb
-    rope = {"inverse_frequencies": rotary.inv_freq.tolist(), "attention_factor": 1.0}
+    rope = RopeRecord.from_facts(rope_facts(inverse_frequencies=rotary.inv_freq.tolist()))
     trainer = Trainer(
         guards=Guards(rope, False),
         callbacks=[Metrics(run / "metrics.jsonl", tokens_per_step=32)],

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from longyarn.core import manifest
 from longyarn.models import loading, lora_files
-from longyarn.models.rope_checks import check_rotation
+from longyarn.rope.record import RopeRecord
 
 IDS = torch.arange(200)[None] % 97
 
@@ -35,11 +35,11 @@ def test_merged_logits_equal_base_plus_adapter(finished):
 
 def test_merged_directory_loads_alone_and_carries_its_rope(finished):
     run = finished.directory / "results" / "tests"
-    facts = manifest.read(run / "rope/yarn.json")["facts"]
+    rope = RopeRecord.read(run / "rope/yarn.json")
     model = AutoModelForCausalLM.from_pretrained(run / "merged")
-    assert model.config.rope_parameters == facts["rope_parameters"]
+    assert model.config.rope_parameters == rope.rope_parameters
     assert model.config.max_position_embeddings == 1024
-    check_rotation(model, facts)
+    rope.check_model(model)
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     assert tokenizer.model_max_length == 1024
     with open(run / "merged/model.safetensors", "rb") as file:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from stages import MICRO_BASE, bring, refusal, run
+from stages import MICRO_BASE, bring, refusal, rope_facts, run
 from test_tokenise import TALK, arguments, corpus_of_many, inputs, write_corpus  # noqa: F401
 from transformers import AutoModelForCausalLM
 
@@ -364,7 +364,7 @@ def test_too_little_for_the_steps_says_how_much_is_missing():
 
 def packed(directory, *more) -> list:
     """Write RoPE settings and return the arguments of the stage."""
-    rope = {"original_max_position_embeddings": 128, "max_position_embeddings": 512}
+    rope = rope_facts(original_max_position_embeddings=128, max_position_embeddings=512)
     write_json(directory / "rope.json", {"facts": rope, "files": {}})
     return [
         "--tokens", directory / "tokens.json", "--rope", directory / "rope.json", "--seed", 0,

@@ -19,10 +19,10 @@ import patch_rope
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
 from longyarn.models import loading
-from longyarn.models.rope_checks import check_rotation
 from longyarn.rope.extend import extend
 from longyarn.rope.frequencies import attention_factor, inverse_frequencies, ramp_limits
 from longyarn.rope.parameters import check_parameters
+from longyarn.rope.record import RopeRecord
 
 FACTORS, THETAS, HEADS = (2, 8, 16, 32), (1e4, 5e5, 1e6), (32, 64, 128)
 GRID = [(s, theta, d) for s in FACTORS for theta in THETAS for d in HEADS]
@@ -322,18 +322,18 @@ def test_a_changed_config_is_noticed_at_load(tmp_path):
     config_path = tmp_path / "a" / "config.json"
     size = config_path.stat().st_size
     config_path.write_text(json.dumps(json.loads(text), indent=1).ljust(size)[:size])
-    with pytest.raises(UserError, match="carries RoPE"):
+    with pytest.raises(UserError, match="has RoPE"):
         loading.load_config(tmp_path / "base", written)
 
 
 def test_rope_set_after_loading_is_noticed(tmp_path):
     base = save_base(tmp_path, llama(32, length=512))
     written, _ = patch(base, "a")
-    facts = manifest.read(written)["facts"]
+    rope = RopeRecord.read(written)
     model = LlamaForCausalLM(llama(32, length=512))
-    model.config.rope_parameters = dict(facts["rope_parameters"])
+    model.config.rope_parameters = dict(rope.rope_parameters)
     with pytest.raises(UserError, match="does not rotate"):
-        check_rotation(model, facts)
+        rope.check_model(model)
 
 
 def test_rotation_in_bfloat16_is_noticed(tmp_path):
@@ -343,7 +343,7 @@ def test_rotation_in_bfloat16_is_noticed(tmp_path):
     assert model.dtype == torch.bfloat16
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.bfloat16()
     with pytest.raises(UserError, match="float32"):
-        check_rotation(model, manifest.read(written)["facts"])
+        RopeRecord.read(written).check_model(model)
 
 
 def test_legacy_rope_scaling_is_read_and_written_in_todays_form(tmp_path):
@@ -363,7 +363,7 @@ def test_legacy_rope_scaling_is_read_and_written_in_todays_form(tmp_path):
     assert manifest.read(untouched)["facts"]["rope_parameters"]["rope_type"] == "linear"
     _, done = patch(base, "refused")
     assert done.returncode == 1
-    assert "already carries RoPE scaling" in done.stderr
+    assert "already has RoPE scaling" in done.stderr
     assert "Traceback" not in done.stderr
     reason = {"original_max_position_embeddings": 512, "original_reason": "trained at 512"}
     _, done = patch(base, "yarn", **reason)
@@ -383,8 +383,8 @@ def test_yarn_for_a_model_that_does_not_state_its_heads_size_is_refused(tmp_path
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     wanted = {"model_type": "mixtral", "rope_parameters": rope | {"rope_theta": 1e4}} | sizes
     with pytest.raises(UserError, match='write "head_dim": 32 there'):
-        patch_rope.check_it_is_taken(MixtralConfig, wanted, "yarn")
-    patch_rope.check_it_is_taken(MixtralConfig, wanted | {"head_dim": 32}, "yarn")
+        patch_rope.check_accepted(MixtralConfig, wanted, "yarn")
+    patch_rope.check_accepted(MixtralConfig, wanted | {"head_dim": 32}, "yarn")
     small = {"vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 32}
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(MixtralConfig.from_dict(wanted | small))

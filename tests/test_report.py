@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from stages import rope_facts
 from test_config import DEFAULT
 
 from longyarn.core.code_hash import code_hash
@@ -251,15 +252,13 @@ class Run:
         plain = [1 / 10000 ** (i / 8) for i in range(8)]
         for name in ("base", "yarn"):
             factor = 1.0 if name == "base" else 8.0
-            self.write(f"rope/{name}", "patch_rope", {
-                "method": "none" if name == "base" else "yarn", "factor": factor,
-                "original_max_position_embeddings": 512,
-                "max_position_embeddings": int(512 * factor), "rotary_dim": 16,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-                "attention_factor": 1.0, "inverse_frequencies": [f / factor for f in plain],
-                "base_inverse_frequencies": plain,
-                "ramp_limits": None if name == "base" else [1, 4],
-            }, inputs={"base": "base"})  # fmt: skip
+            facts = rope_facts(
+                method="none" if name == "base" else "yarn", factor=factor,
+                max_position_embeddings=int(512 * factor),
+                inverse_frequencies=[f / factor for f in plain], base_inverse_frequencies=plain,
+                ramp_limits=None if name == "base" else [1, 4],
+            )  # fmt: skip
+            self.write(f"rope/{name}", "patch_rope", facts, inputs={"base": "base"})
         held = [{"id": name, "tokens": 1000} for name in DOCUMENTS]
         self.write("tokens", "tokenise", {
             "tokens": 100_000, "tokens_held_out": 6_000, "held_out": held,

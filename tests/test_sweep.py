@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 from conftest import ROOT
-from stages import refusal, run
+from stages import refusal, rope_facts, run
 from test_config import DEFAULT, SCHEMA_PATH
 from test_config import refusal as config_refusal
 from test_report import grid, perplexity_facts
@@ -147,8 +147,7 @@ def made(directory, values: dict) -> list:
             ("passkey/trained", {"grid": grid({512: 30, 4096: keys})}),
         ):
             write_json(place / f"{name}.json", {"facts": facts})
-    lengths = {"original_max_position_embeddings": 512, "max_position_embeddings": 4096}
-    write_json(directory / "rope.json", {"facts": lengths})
+    write_json(directory / "rope.json", {"facts": rope_facts()})
     (directory / "benchmarks").mkdir()
     (directory / "benchmarks/train.tsv").write_text("s\tmax_rss\n75.0\t300\n")
     cells = json.dumps([dict(changes) for changes in values])

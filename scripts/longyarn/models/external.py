@@ -17,6 +17,7 @@ from longyarn.models import lora_files
 from longyarn.models.source_files import tensor_files
 from longyarn.rope.frequencies import attention_factor
 from longyarn.rope.parameters import KNOWN_PARAMETERS, check_parameters
+from longyarn.rope.record import RopeRecord
 
 # Kinds of LoRA that the merge does not do, by their keys in adapter_config.json; deltas.py has the others.
 UNKNOWN = (
@@ -31,12 +32,12 @@ HEADS = ("lm_head.weight", "embed_out.weight")  # where tied, a second name of t
 BLOCK = 1 << 22  # elements in memory at once
 
 
-def check_rope(config, facts: dict, source: Path) -> None:
+def check_rope(config, rope: RopeRecord, source: Path) -> None:
     """Stop where a transformers configuration has another RoPE than the manifest; name each key."""
     check_parameters(dict(config.rope_parameters))
     theirs = _comparable(config.rope_parameters, config.max_position_embeddings)
-    ours = _comparable(facts["rope_parameters"], facts["max_position_embeddings"])
-    if facts["full_attention"]:
+    ours = _comparable(rope.rope_parameters, rope.max_position_embeddings)
+    if rope.full_attention:
         ours["sliding_window"], theirs["sliding_window"] = None, config.sliding_window
     odd = [key for key in ours if not _same(theirs.get(key), ours[key])]
     if "rope_type" in odd:  # the others differ with it
@@ -71,9 +72,9 @@ def _shown(value) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def check_version(record: dict, rope: dict, source: Path) -> None:
+def check_version(record: dict, rope: RopeRecord, source: Path) -> None:
     """Stop where transformers 4 saved a config.json with a RoPE that it does not read, but keeps."""
-    scaled = rope["rope_parameters"]["rope_type"] != "default"
+    scaled = rope.rope_parameters["rope_type"] != "default"
     old = str(record.get("transformers_version", "")).startswith("4.")
     if scaled and old and not record.get("rope_scaling"):
         raise UserError(

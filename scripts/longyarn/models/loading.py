@@ -10,7 +10,7 @@ from pathlib import Path
 from longyarn.core import manifest
 from longyarn.core.errors import UserError, first_line
 from longyarn.core.files import read_json
-from longyarn.models.rope_checks import check_config, check_rotation
+from longyarn.rope.record import RopeRecord
 
 
 def read_base_config(model_directory: Path, trust_remote_code: bool):
@@ -40,20 +40,17 @@ def load_config(model_directory: Path, rope_path: Path, trust_remote_code: bool 
     """
     from transformers import AutoConfig
 
-    rope = manifest.read(rope_path)
-    facts = rope["facts"]
-    written = [name for name in rope["files"] if name.endswith("config.json")]
+    found = manifest.read(rope_path)
+    rope = RopeRecord.from_facts(found["facts"], rope_path)
+    written = [name for name in found["files"] if name.endswith("config.json")]
     source = Path(rope_path).parent / written[0] if written else Path(model_directory)
     config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
     if written:
         # By the class of the model's own, whose code may lie beside its weights.
         config = type(config).from_dict(read_json(source))
     else:
-        config.rope_parameters = dict(facts["rope_parameters"])
-        config.max_position_embeddings = facts["max_position_embeddings"]
-        if facts["full_attention"]:
-            config.sliding_window = None
-    check_config(config, facts, source)
+        rope.apply(config)
+    rope.check_config(config, source)
     return config
 
 
@@ -73,10 +70,10 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    facts = manifest.read_facts(rope_path)
+    rope = RopeRecord.read(rope_path)
     if own_config:
         config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
-        check_config(config, facts, model_directory)
+        rope.check_config(config, model_directory)
     else:
         config = load_config(model_directory, rope_path, trust_remote_code)
     try:
@@ -102,7 +99,7 @@ def load_model(
             f"{model_directory} lacks the tensor {min(loading['missing_keys'])}; restore the files of "
             "model.source"
         )
-    check_rotation(model, facts)
+    rope.check_model(model)
     return model
 
 

@@ -11,6 +11,7 @@ from longyarn.core import manifest, run_directory
 from longyarn.core.lineage import chain, phases_of
 from longyarn.reporting import comparisons, evidence_warnings, verdict
 from longyarn.reporting.results import Results, pooled
+from longyarn.rope.record import RopeRecord
 from longyarn.stages import (
     DOWNLOAD_CORPUS,
     DOWNLOAD_MODEL,
@@ -36,7 +37,7 @@ def assemble(
     started from, ``thresholds`` is config section `gate`, ``report_code`` the hash of the report's code.
     """
     facts = {job: found["facts"] for job, found in manifests.items()}
-    rope = facts[f"{PATCH_ROPE.name}.{trained_rope}"]
+    rope = RopeRecord.from_facts(facts[f"{PATCH_ROPE.name}.{trained_rope}"])
     pack, train, tokens = facts[PACK.name], facts[TRAIN.name], facts[TOKENISE.name]
     of = {stage: by_variant(facts, stage) for stage in INSTRUMENTS}
     results = results_of(rope, of["perplexity"], of["passkey"])
@@ -55,7 +56,7 @@ def assemble(
                 "trained": trained_rope,
                 "original_length": results.original,
                 "target_length": results.target,
-                "factor": rope["factor"],
+                "factor": rope.factor,
                 "variants": by_variant(facts, PATCH_ROPE.name),
             },
             "corpus": corpus(facts[DOWNLOAD_CORPUS.name], tokens),
@@ -73,11 +74,11 @@ def assemble(
     )
 
 
-def results_of(rope: dict, perplexity: dict[str, dict], passkey: dict[str, dict]) -> Results:
+def results_of(rope: RopeRecord, perplexity: dict[str, dict], passkey: dict[str, dict]) -> Results:
     """Return the results at the lengths of a RoPE, from the facts of both stages by variant."""
     return Results(
-        original=rope["original_max_position_embeddings"],
-        target=rope["max_position_embeddings"],
+        original=rope.original_max_position_embeddings,
+        target=rope.max_position_embeddings,
         perplexity=perplexity,
         passkey={variant: found["grid"] for variant, found in passkey.items()},
     )
@@ -132,13 +133,13 @@ def training(train: dict) -> dict:
 def earlier_phase(facts: dict[str, dict], phase: str) -> dict:
     """Return what an earlier phase did: its RoPE, its mix and its training."""
     of = evidence_warnings.facts_of(facts, phase)
-    rope = of[PATCH_ROPE.name]
+    rope = RopeRecord.from_facts(of[PATCH_ROPE.name])
     return {
         "name": phase,
         "rope": {
-            "method": rope["method"],
-            "factor": rope["factor"],
-            "target_length": rope["max_position_embeddings"],
+            "method": rope.method,
+            "factor": rope.factor,
+            "target_length": rope.max_position_embeddings,
         },
         "mix": mix(of[PACK.name]),
         "training": training(of[TRAIN.name]),

@@ -9,6 +9,7 @@ import numpy as np
 from longyarn.core.lineage import parts, phases_of
 from longyarn.reporting.results import NotEvaluated, Results
 from longyarn.reporting.wording import count, percent
+from longyarn.rope.record import RopeRecord
 from longyarn.stages import INSTRUMENTS, PACK, PATCH_ROPE, TRAIN
 
 FEW_DOCUMENTS = 5
@@ -32,8 +33,8 @@ def of_phases(facts: dict[str, dict]) -> list[str]:
     found = []
     for phase in phases_of(facts):
         of = facts_of(facts, phase)
-        rope = of[PATCH_ROPE.name]
-        lengths = rope["original_max_position_embeddings"], rope["max_position_embeddings"]
+        rope = RopeRecord.from_facts(of[PATCH_ROPE.name])
+        lengths = rope.original_max_position_embeddings, rope.max_position_embeddings
         said = [*of_mix(*lengths, of[PACK.name]), *of_training(of[TRAIN.name])]
         found += [f"In {phase}: {sentence}" for sentence in said]
     return found

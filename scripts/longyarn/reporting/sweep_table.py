@@ -17,6 +17,7 @@ from longyarn.reporting import comparisons
 from longyarn.reporting.assemble import results_of
 from longyarn.reporting.results import NotEvaluated, Results
 from longyarn.reporting.wording import between, percent, points, significant
+from longyarn.rope.record import RopeRecord
 from longyarn.stages import TRAIN
 
 DEFAULT = "default"
@@ -27,10 +28,10 @@ def name_of(changes: dict) -> str:
     return Path(sweep_cells.directory(changes)).name or DEFAULT
 
 
-def assemble(changes: dict[str, dict], rope: dict, facts: dict, benchmarks: Path) -> dict:
+def assemble(changes: dict[str, dict], rope: RopeRecord, facts: dict, benchmarks: Path) -> dict:
     """Return sweep.json: the lengths, the cells, and the spread of the seeds.
 
-    ``changes`` has each cell's changed settings by its name, ``rope`` the facts of the run's RoPE. ``facts``
+    ``changes`` has each cell's changed settings by its name, ``rope`` the run's RoPE. ``facts``
     has those of train, perplexity and passkey, by stage and cell. ``benchmarks`` is the directory of
     timings.
     """

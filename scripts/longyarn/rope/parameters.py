@@ -2,8 +2,6 @@
 
 from longyarn.core.errors import UserError
 
-METHODS = ("none", "linear", "ntk", "yarn")
-
 KNOWN_PARAMETERS = {
     "default": {"rope_type", "rope_theta", "partial_rotary_factor"},
     "linear": {"rope_type", "rope_theta", "partial_rotary_factor", "factor"},

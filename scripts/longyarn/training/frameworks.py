@@ -24,9 +24,7 @@ from longyarn.core.files import (
 )
 from longyarn.data.packed_dataset import Packed
 from longyarn.data.pieces import PADDING
-from longyarn.models.rope_checks import check_config
 from longyarn.rope import transformers4
-from longyarn.rope.record import patched_config
 from longyarn.training import deepspeed_setup, identity
 from longyarn.training.inputs import Inputs
 
@@ -107,7 +105,7 @@ def needs_transformers5(inputs: Inputs) -> list[str]:
     """Return a note if transformers 4 does not know the RoPE of the exported model, else nothing."""
     kind = read_json(inputs.model / "config.json")["model_type"]
     rope = inputs.rope
-    if transformers4.rope_keys(kind, rope["rope_parameters"]) or rope["method"] == "none":
+    if transformers4.rope_keys(kind, rope.rope_parameters) or rope.method == "none":
         return []
     return [
         f"transformers 4 has no scaled RoPE for models of type {kind} and would train without it; "
@@ -163,17 +161,12 @@ def write_model(inputs: Inputs, directory: Path) -> None:
     directory.mkdir()
     link_weights(inputs.model, directory)
     rope, trust = inputs.rope, inputs.base["trust_remote_code"]
-    config = patched_config(
-        read_json(inputs.model / "config.json"),
-        rope["rope_parameters"],
-        rope["max_position_embeddings"],
-        rope["full_attention"],
-    )
+    config = rope.patched(read_json(inputs.model / "config.json"))
     loaded = AutoConfig.from_pretrained(inputs.model, trust_remote_code=trust)
-    config = transformers4.with_old_keys(config, rope["rope_parameters"], loaded)
+    config = transformers4.with_old_keys(config, rope.rope_parameters, loaded)
     write_json(directory / "config.json", config)
     written = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
-    check_config(written, rope, directory / "config.json")
+    rope.check_config(written, directory / "config.json")
 
 
 def write_dataset(directory: Path, columns: Sequence[str], rows: Iterator[dict]) -> int:

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from longyarn.core.errors import UserError
-from longyarn.models.rope_checks import check_rotation
+from longyarn.rope.record import RopeRecord
 from longyarn.training.deepspeed_setup import say
 
 FINITE, GRADIENT_IS_BAD, LOSS_IS_BAD = range(3)
@@ -19,7 +19,7 @@ COMPARED = 10  # logged losses at either end that show divergence
 class Guards(TrainerCallback):
     """Checks the model before the first step, every step, and the trend of the loss.
 
-    ``rope``: facts of the RoPE manifest. ``documents`` returns the names of the documents in a step's
+    ``rope``: the run's RoPE. ``documents`` returns the names of the documents in a step's
     batch (the first step is 1), and ``last_good`` the name of the newest whole checkpoint or None. Both
     are for the message about a step that is not finite. ``longyarn.training.trainer.Trainer`` calls
     ``saw_loss`` and ``check_step``, because transformers has no event that shows a callback the loss and
@@ -28,7 +28,7 @@ class Guards(TrainerCallback):
 
     def __init__(
         self,
-        rope: dict,
+        rope: RopeRecord,
         document_masks: bool,
         *,
         documents: Callable[[int], list[str]] | None = None,
@@ -43,7 +43,7 @@ class Guards(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check the rotation and, if documents are masked, the masks."""
-        check_rotation(model, self.rope)
+        self.rope.check_model(model)
         self.passed["inverse_frequencies_float32"] = True
         if self.document_masks:
             self.passed["document_mask_leak"] = check_masks(model, args.per_device_train_batch_size)

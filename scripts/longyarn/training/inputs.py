@@ -7,6 +7,7 @@ from pathlib import Path
 from longyarn.core import manifest
 from longyarn.data.packed_dataset import Packed
 from longyarn.data.token_store import Tokens
+from longyarn.rope.record import RopeRecord
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Inputs:
     model: Path  # the base's directory
     rope_manifest: Path
     base: dict
-    rope: dict
+    rope: RopeRecord
     pack: dict
     data: Packed
     settings: dict
@@ -30,7 +31,7 @@ class Inputs:
             model=arguments.base.parent / base["directory"],
             rope_manifest=arguments.rope,
             base=base,
-            rope=manifest.read_facts(arguments.rope),
+            rope=RopeRecord.read(arguments.rope),
             pack=pack["facts"],
             data=Packed(arguments.pack.parent / next(iter(pack["files"])), masks),
             settings=arguments.settings,
