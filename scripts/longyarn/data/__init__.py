@@ -1,1 +1,1 @@
-"""The corpus: documents, tokens, and packed training sequences."""
+"""The corpus: reading documents, turning them into tokens, and packing tokens into sequences."""

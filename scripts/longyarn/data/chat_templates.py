@@ -1,7 +1,7 @@
-"""Conversations as text by a named chat template, and which of its characters are answers.
+"""Writing conversations as text with a chat template, and finding the answers in it.
 
 Base models have no template of their own, so the configuration names one. Answers are what the template
-puts between ``{% generation %}`` and ``{% endgeneration %}``, transformers' own tags.
+puts between ``{% generation %}`` and ``{% endgeneration %}``, which are transformers' tags.
 """
 
 import re
@@ -14,20 +14,20 @@ NAMED = ROOT / "resources" / "chat"
 
 
 def path_of(name: str) -> Path:
-    """Return the file of a template: one of resources/chat by name, or any other by its path."""
+    """Return the file of a template: one in resources/chat by its name, or any other by its path."""
     named = NAMED / f"{name}.jinja"
     return named if named.is_file() else Path(name).expanduser()
 
 
 def load(name: str) -> str:
-    """Return a template's text; raise ``UserError`` where there is none or it marks no answers."""
+    """Return a template's text; raise ``UserError`` if there is none or it marks no answers."""
     path = path_of(name)
     known = ", ".join(sorted(file.stem for file in NAMED.glob("*.jinja")))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise UserError(
-            f"corpus.chat_template {name!r} is neither {known} nor a file of text; mend it"
+            f"corpus.chat_template {name!r} is neither {known} nor a text file; name one of them"
         ) from None
     if not re.search(r"\{%-?\s*generation\s*-?%\}", text):
         raise UserError(
@@ -40,9 +40,9 @@ def load(name: str) -> str:
 def render(
     template: str, messages: list[dict], special: dict[str, str]
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return a conversation's text, and where its answers begin and end in it, in characters.
+    """Return a conversation's text, and the first and the end character of each answer in it.
 
-    ``special``: the template's ``bos_token`` and ``eos_token``.
+    ``special`` has the template's ``bos_token`` and ``eos_token``.
     """
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -53,7 +53,7 @@ def render(
         )
     except (jinja2.TemplateError, TypeError, KeyError) as error:
         raise UserError(
-            f"corpus.chat_template does not fit a conversation ({first_line(error)}); mend the "
+            f"corpus.chat_template does not fit a conversation ({first_line(error)}); correct the "
             "template or the data"
         ) from None
     return texts[0], answers[0]

@@ -1,8 +1,9 @@
-"""The corpus on disk: documents as JSON Lines, in shards that a stage can read one at a time.
+"""The corpus on disk: documents as JSON Lines, in shards that are read one at a time.
 
 A line is ``{"id": "collection/name", "text": …}`` or, from an instruction set, ``{"id": …,
 "messages": [{"role": "user" | "assistant" | "system", "content": …}, …]}``. A shard is a file
-``documents-00000.jsonl`` of about 32 MB, cut between documents; the corpus's manifest lists them in order.
+``documents-00000.jsonl`` of about 32 MiB that ends with a whole document. The corpus's manifest lists the
+shards in order.
 """
 
 import hashlib
@@ -17,11 +18,11 @@ from longyarn.core.errors import UserError
 from longyarn.data.columns import characters, is_empty
 
 SHARD_BYTES = 32 * 1024 * 1024
-BAD_EXAMPLES = 5  # said in the log and kept in the manifest; the others are counted
+BAD_EXAMPLES = 5  # bad records that the log and the manifest describe; the others are only counted
 
 
 def write_shards(directory: Path, documents: Iterable[dict]) -> list[Path]:
-    """Write documents into shards; return the shards' paths, none without a document."""
+    """Write documents into shards; return the paths of the shards, an empty list without documents."""
     documents, shards = iter(documents), []
     while write_shard(path := directory / shard_name(len(shards)), documents):
         shards.append(path)
@@ -29,9 +30,9 @@ def write_shards(directory: Path, documents: Iterable[dict]) -> list[Path]:
 
 
 def write_shard(path: Path, documents: Iterator[dict], size: int = SHARD_BYTES) -> bool:
-    """Write one shard; tell whether there was a document for it.
+    """Write one shard; return False, and write nothing, if no document is left.
 
-    It ends with the document that fills it, so a document of any length stays in one piece.
+    A shard ends with the document that brings it to ``size`` bytes, so no document is split.
     """
     first = next(documents, None)
     if first is None:
@@ -53,13 +54,13 @@ def shard_name(number: int) -> str:
 
 
 def read_shards(manifest_path: Path) -> Iterator[dict]:
-    """Yield the documents of a corpus, in order, given its manifest."""
+    """Yield the documents of a corpus, in order; ``manifest_path`` is the corpus's manifest."""
     for shard in shard_paths(manifest_path):
         yield from read_shard(shard)
 
 
 def shard_paths(manifest_path: Path) -> list[Path]:
-    """Return the shards of a corpus, in order; raise ``UserError`` when one is missing."""
+    """Return the shards of a corpus, in order; raise ``UserError`` if one is missing."""
     files = manifest.read(manifest_path)["files"]
     return [Path(manifest_path).parent / name for name in sorted(files)]
 
@@ -71,14 +72,16 @@ def read_shard(path: Path) -> Iterator[dict]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error}); rebuild it") from None
+                raise UserError(
+                    f"{path} line {number} is not JSON ({error}); delete it and run again"
+                ) from None
 
 
 @dataclass
 class Collection:
-    """What one named source of documents gave."""
+    """Counts of the documents of one collection, and where they come from."""
 
-    source: str  # in words, for the report
+    source: str  # as the report shows it
     licence: str | None
     skip_bad: bool
     documents: int = 0
@@ -86,31 +89,34 @@ class Collection:
     empty_documents: int = 0
     bad_records: int = 0
     bad_examples: list[str] = field(default_factory=list)
-    records_read: int | None = None  # of a data set, those included that a filter passes over
-    ended_by: str | None = None  # of a data set: characters, read_at_most or its end
+    records_read: int | None = None  # of a data set, including records that its filter rejects
+    ended_by: str | None = None  # of a data set: characters, read_at_most or end
 
     def bad(self, place: str, reason: object, name: str | None = None) -> None:
-        """Stop at a bad record, or count it where the config says so; ``name`` is without a path."""
+        """Raise ``UserError`` for a bad record, or count it if the config sets corpus.skip_bad.
+
+        The manifest names the record's place by ``name``, which has no absolute path.
+        """
         if not self.skip_bad:
             raise UserError(
-                f"{place} {reason}; mend it or its entry in corpus, or set corpus.skip_bad to true to pass "
-                "over such records"
+                f"{place} {reason}; correct it or its entry in corpus, or set corpus.skip_bad to true to "
+                "skip such records"
             )
         self.bad_records += 1
         if len(self.bad_examples) < BAD_EXAMPLES:
             self.bad_examples.append(f"{name or place} {reason}")
-            print(f"passed over: {place} {reason}", file=sys.stderr, flush=True)
+            print(f"skipped: {place} {reason}", file=sys.stderr, flush=True)
 
     def facts(self) -> dict:
-        """Return the figures, without those that this kind of source does not have."""
+        """Return the counts, without those that this kind of source does not have."""
         shown = asdict(self)
         del shown["skip_bad"]
-        # A licence that is not stated is said to be null.
+        # A license that is not stated appears as null.
         return {k: v for k, v in shown.items() if v not in (None, []) or k == "licence"}
 
 
 class Collections:
-    """The collections of a corpus by name, counted while their documents pass."""
+    """The collections of a corpus by name, which count their documents as these are written."""
 
     def __init__(self, skip_bad: bool = False) -> None:
         self.found: dict[str, Collection] = {}
@@ -118,21 +124,21 @@ class Collections:
         self._ids: set[bytes] = set()
 
     def open(self, name: str, source: str, licence: str | None = None) -> Collection:
-        """Return the collection of this name, made anew when it is not known yet."""
+        """Return the collection with this name; create it if there is none."""
         return self.found.setdefault(name, Collection(source, licence, self._skip_bad))
 
     def keep(self, documents: Iterable[dict]) -> Iterator[dict]:
-        """Yield the documents that have text, counted; stop when two have one id."""
+        """Yield and count the documents that have text; raise ``UserError`` if two have the same id."""
         for document in documents:
             collection = self.found[document["id"].partition("/")[0]]
             if is_empty(document):
                 collection.empty_documents += 1
                 continue
-            # Half a digest, because there can be millions.
+            # Half a digest saves memory: there can be millions of ids.
             digest = hashlib.sha256(document["id"].encode()).digest()[:16]
             if digest in self._ids:
                 raise UserError(
-                    f"two documents are named {document['id']!r}; give one another collection or name"
+                    f"two documents have the id {document['id']!r}; change the collection or name of one"
                 )
             self._ids.add(digest)
             collection.documents += 1
@@ -140,7 +146,7 @@ class Collections:
             yield document
 
     def facts(self) -> dict:
-        """Return the figures of the manifest: sums, and those of each collection."""
+        """Return the counts for the manifest: totals, and those of each collection."""
         return {
             "documents": sum(found.documents for found in self.found.values()),
             "characters": sum(found.characters for found in self.found.values()),

@@ -1,7 +1,7 @@
-"""Documents from data sets of the Hugging Face hub, streamed up to a budget, resumed when killed.
+"""Reading documents from data sets of the Hugging Face hub, streamed up to a budget and resumable.
 
-What was fetched is kept in a directory of the cache, named by a hash of what defines it: shards as in a
-corpus, and ``position.json``, written after each shard, with the place to go on from.
+Downloads are kept in a directory of the cache, named by a hash of the settings that define them. It has
+shards as in a corpus, and ``position.json``, which is written after each shard and says where to continue.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from longyarn.data import documents
 from longyarn.data.columns import BadRecord, characters, is_empty, to_document, value_at
 from longyarn.data.documents import Collection
 
-# To be raised when the same settings would give other documents than before.
+# Raise it when a change of the code makes the same settings give other documents.
 VERSION = 1
-ALL_BAD = 100  # when so many first records are all bad, it is the entry that is wrong
+ALL_BAD = 100  # if this many records are bad from the first on, the entry itself is wrong
 
 START = {
     "shards": 0, "sizes": [], "finished": False, "stream": None, "records_read": 0, "characters_read": 0,
@@ -30,7 +30,7 @@ COUNTS = ("records_read", "empty_documents", "bad_records", "bad_examples", "end
 
 
 def read(entry: dict, collection: Collection, cache: Path) -> Iterator[dict]:
-    """Yield the documents of an entry of corpus.datasets, fetched first where they are not cached."""
+    """Yield the documents of an entry of corpus.datasets, downloading what the cache lacks."""
     from huggingface_hub.utils import WeakFileLock
 
     check(entry)
@@ -45,17 +45,17 @@ def read(entry: dict, collection: Collection, cache: Path) -> Iterator[dict]:
 
 
 def check(entry: dict) -> None:
-    """Refuse a data set without a revision, or files of a kind that is not read."""
+    """Raise ``UserError`` for a data set without a revision, or with files of an unsupported format."""
     builder_of(entry)
     if entry["revision"] is None:
         raise UserError(
-            f"corpus.datasets has no revision of {entry['repository']}; fill in the commit you reviewed: "
+            f"corpus.datasets has no revision of {entry['repository']}; set the commit that you reviewed: "
             f"`git ls-remote https://huggingface.co/datasets/{entry['repository']} main`"
         )
 
 
 def check_access(entry: dict) -> None:
-    """Ask the hub for a data set at its revision, and stop when it has none for us."""
+    """Raise ``UserError`` if the hub lacks a data set at its revision, or denies access to it."""
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import (
@@ -68,7 +68,7 @@ def check_access(entry: dict) -> None:
     try:
         files = HfApi().dataset_info(name, revision=revision, timeout=10).siblings
         if files:
-            # Anyone sees the record of a gated data set; a file of it tells whether we may have it.
+            # Anyone can see a gated data set's record. Asking for a file shows whether we have access.
             place = {"repo_type": "dataset", "revision": revision}
             get_hf_file_metadata(hf_hub_url(name, files[0].rfilename, **place), timeout=10)
     except GatedRepoError:
@@ -78,11 +78,11 @@ def check_access(entry: dict) -> None:
         ) from None
     except RevisionNotFoundError:
         raise UserError(
-            f"the hub's data set {name} has no revision {revision}; mend it in corpus.datasets"
+            f"the hub's data set {name} has no revision {revision}; correct it in corpus.datasets"
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"the hub has no data set {name}, or it is private: mend corpus.datasets, or log in with "
+            f"the hub has no data set {name}, or it is private: correct corpus.datasets, or log in with "
             "`hf auth login`"
         ) from None
     except (HTTPError, OSError) as error:
@@ -90,20 +90,20 @@ def check_access(entry: dict) -> None:
 
 
 def unreachable(name: str, error: Exception) -> UserError:
-    """Return the sentence for a hub that does not answer."""
+    """Return the error for a hub that does not answer."""
     return UserError(
-        f"the hub did not give the data set {name} ({first_line(error)}); run `snakemake prefetch` where "
-        "there is a network; what was fetched is kept"
+        f"the data set {name} cannot be downloaded from the hub ({first_line(error)}); run "
+        "`snakemake prefetch` on a machine with a network: finished downloads are kept"
     )
 
 
 def is_fetched(entry: dict, skip_bad: bool, cache: Path) -> bool:
-    """Tell whether the cache has all that an entry asks for."""
+    """Tell whether the cache has all documents of an entry."""
     return last_position(cache / key(entry, skip_bad))["finished"]
 
 
 def last_position(directory: Path) -> dict:
-    """Return how far an entry was fetched; the start where a shard of it is not what was written."""
+    """Return how far an entry was downloaded: nothing, if a shard is missing or has another size."""
     file = directory / "position.json"
     position = read_json(file) if file.is_file() else START
     shards = [directory / documents.shard_name(number) for number in range(position["shards"])]
@@ -112,14 +112,14 @@ def last_position(directory: Path) -> dict:
 
 
 def key(entry: dict, skip_bad: bool) -> str:
-    """Return the name of the directory of what an entry gives."""
+    """Return the name of the directory for an entry's documents."""
     defining = {name: value for name, value in entry.items() if name != "licence"}
     text = json.dumps([VERSION, defining, skip_bad], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fetch(entry: dict, collection: Collection, directory: Path) -> dict:
-    """Bring what is missing of an entry's documents into a directory; return the last position."""
+    """Download an entry's missing documents into a directory; return the last position."""
     file, position = directory / "position.json", last_position(directory)
     if position["finished"]:
         return position
@@ -129,7 +129,7 @@ def fetch(entry: dict, collection: Collection, directory: Path) -> dict:
     with hub_errors(entry):
         stream = open_stream(entry)
         if position["stream"]:
-            print(f"{entry['collection']}: goes on after shard {position['shards']}", flush=True)
+            print(f"{entry['collection']}: continues after shard {position['shards']}", flush=True)
             stream.load_state_dict(position["stream"])
         found = progress(
             chosen(entry, stream, position, collection),
@@ -158,7 +158,7 @@ def fetch(entry: dict, collection: Collection, directory: Path) -> dict:
 
 
 def open_stream(entry: dict):
-    """Return the data set as an ``IterableDataset``: nothing is fetched but what is read."""
+    """Return the data set as an ``IterableDataset``, which downloads only what is read."""
     from datasets import load_dataset
 
     at = f"hf://datasets/{entry['repository']}"
@@ -166,24 +166,24 @@ def open_stream(entry: dict):
         return load_dataset(
             at, entry["config"], split=entry["split"], revision=entry["revision"], streaming=True
         )
-    # By the files themselves: what a loading script beside them would do does not count.
+    # Naming the files keeps a loading script in the repository from running.
     files = [f"{at}@{entry['revision']}/{pattern}" for pattern in entry["data_files"]]
     return load_dataset(builder_of(entry), data_files=files, split="train", streaming=True)
 
 
 def builder_of(entry: dict) -> str:
-    """Return the reader of an entry's data_files, by their names; any where it names none."""
+    """Return the reader of an entry's data_files, by their names. Without data_files any reader will do."""
     for ending, builder in (("parquet", "parquet"), ("arrow", "arrow"), ("json", "json")):
         if all(f".{ending}" in pattern for pattern in entry["data_files"] or []):
             return builder
     raise UserError(
         f"corpus.datasets has data_files {entry['data_files']} of {entry['repository']}; name files of "
-        "one kind, Parquet, Arrow or JSON Lines"
+        "one format: Parquet, Arrow or JSON Lines"
     )
 
 
 def chosen(entry: dict, stream, position: dict, collection: Collection) -> Iterator[dict]:
-    """Yield the documents that an entry asks for, up to its budget; count in ``position``."""
+    """Yield the documents of an entry up to its budget, and update the counts in ``position``."""
     budget, limit = entry["characters"], entry["read_at_most"]
     for record in stream:
         number = position["records_read"]
@@ -196,7 +196,7 @@ def chosen(entry: dict, stream, position: dict, collection: Collection) -> Itera
             if collection.bad_records == position["records_read"] == ALL_BAD:
                 raise UserError(
                     f"the first {ALL_BAD} records of {entry['repository']} are all bad: record {number} "
-                    f"{error}; mend its entry in corpus.datasets"
+                    f"{error}; correct its entry in corpus.datasets"
                 ) from None
             continue
         size = characters(document)
@@ -216,13 +216,13 @@ def chosen(entry: dict, stream, position: dict, collection: Collection) -> Itera
 
 
 def matches(record: dict, wanted: dict) -> bool:
-    """Tell whether a record has the values of a filter."""
+    """Tell whether a record has all values of a filter."""
     return all(value_at(record, path) == value for path, value in wanted.items())
 
 
 @contextlib.contextmanager
 def hub_errors(entry: dict) -> Iterator[None]:
-    """Turn what the hub or the library refuses into one sentence."""
+    """Turn errors of the hub and of the library into ``UserError``."""
     from datasets import exceptions
     from httpx2 import HTTPError
     from pyarrow import ArrowException
@@ -234,29 +234,29 @@ def hub_errors(entry: dict) -> Iterator[None]:
         yield
     except exceptions.DatasetNotFoundError as error:
         raise UserError(
-            f"the hub did not give {name} ({first_line(error)}); mend corpus.datasets, or accept its "
-            "terms on its page and log in with `hf auth login`"
+            f"{name} cannot be downloaded from the hub ({first_line(error)}); correct corpus.datasets, or "
+            "accept its terms on its page and log in with `hf auth login`"
         ) from None
     except damaged as error:
         raise UserError(
-            f"{name} cannot be read ({first_line(error.__cause__ or error)}); mend its entry in "
-            "corpus.datasets, or name sound files under data_files"
+            f"{name} cannot be read ({first_line(error.__cause__ or error)}); correct its entry in "
+            "corpus.datasets, or name undamaged files under data_files"
         ) from None
     except FileNotFoundError as error:
         raise UserError(
-            f"{name} lacks a file that corpus.datasets names ({first_line(error)}); mend its data_files"
+            f"{name} lacks a file that corpus.datasets names ({first_line(error)}); correct its data_files"
         ) from None
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         raise UserError(
-            f"{name} is read by a loading script, which is not run; name its Parquet or JSONL files under "
-            "data_files in corpus.datasets"
+            f"{name} needs a loading script, which Longyarn does not run; name its Parquet or JSONL files "
+            "under data_files in corpus.datasets"
         ) from None
     except (HTTPError, ConnectionError) as error:
         raise unreachable(name, error) from None
     except ValueError as error:
         raise UserError(
-            f"{name} cannot be read as asked ({first_line(error)}); mend config, split or data_files in "
-            "corpus.datasets"
+            f"{name} cannot be read as configured ({first_line(error)}); correct config, split or "
+            "data_files in corpus.datasets"
         ) from None

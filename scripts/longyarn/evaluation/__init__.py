@@ -1,1 +1,1 @@
-"""Measuring a variant: losses over windows, passkey prompts, and confidence intervals."""
+"""Evaluating a variant: perplexity, passkey retrieval, tasks of lm_eval, and confidence intervals."""

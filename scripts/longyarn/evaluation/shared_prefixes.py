@@ -1,19 +1,19 @@
-"""Prompts that begin alike: keys and values of what they share are computed once.
+"""Reading prompts with equal beginnings: keys and values of a shared beginning are computed once.
 
-In a causal model with static RoPE a token's keys and values depend on the tokens before it alone, so a
-prompt can go on from where another one parts from it.
+In a causal model with static RoPE, a token's keys and values depend only on the tokens up to it. So a
+prompt can reuse them up to the first token where it differs from the prompt read before it.
 """
 
 import copy
 import itertools
 
 PIECE = (
-    512  # tokens of each prompt in a forward pass: their mask has a column for every token before
+    512  # tokens of each prompt in a forward pass; their mask has a column for every earlier token
 )
 
 
 class Reader:
-    """Reads prompts with a model, and keeps the keys and values of the last one for the next.
+    """Reads prompts with a model, and keeps the keys and values of each prompt for the next.
 
     RoPE must not depend on the length of the input; patch_rope refuses models whose RoPE does.
     """
@@ -29,8 +29,8 @@ class Reader:
     def logits(self, prompts: list[list[int]], last: int):
         """Return the logits at each prompt's ``last`` positions, (prompts, last, vocabulary).
 
-        The prompts are of one length. Several get copies of what they share; one alone goes on in the
-        cache itself, which is cut back before the next.
+        The prompts must have equal lengths. Several prompts get copies of the cache of their shared
+        beginning. A single prompt extends the cache itself, which is cropped before the next one.
         """
         import torch
 
@@ -47,7 +47,7 @@ class Reader:
             return self._forward(rows[:, shared:], cache, last)
 
     def _read(self, tokens: list[int], row) -> None:
-        """Make the cache hold these tokens, the first ones of ``row``, from what it has of them."""
+        """Make the cache hold exactly these tokens, the first of ``row``; keep what it has of them."""
         known = common_length([self.tokens, tokens])
         self.cache.crop(known - self.cache.get_seq_length())
         if known < len(tokens):
@@ -55,9 +55,9 @@ class Reader:
         self.tokens = tokens
 
     def _forward(self, rows, cache, last: int):
-        """Return the logits at the ``last`` of these positions, which come after those in the cache."""
+        """Return the logits at the ``last`` of these tokens, which follow the tokens in the cache."""
         whole, rest = divmod(rows.shape[1], PIECE)
-        # The short piece comes first, so that the last one has all the positions asked for.
+        # The short piece comes first, so that the last piece has all the positions that are asked for.
         sizes = [rest] * (rest > 0) + [PIECE] * whole
         for piece in rows.split(sizes, dim=1):
             logits = self.model(
@@ -67,19 +67,19 @@ class Reader:
 
 
 def obstacle(model) -> str | None:
-    """Return why a model's prompts cannot share what they begin with, or None where they can."""
+    """Return why a model cannot reuse the beginning of a prompt, or None if it can."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     if not type(model).__module__.startswith("transformers."):
         return "its code came with the model, and may keep more than keys and values"
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    # Such a layer forgets what it would need: a sliding window, say, or a recurrent state.
+    # Other layers, such as a sliding window or a recurrent state, forget what a crop would need.
     others = sorted(kind.__name__ for kind in kinds - {DynamicLayer})
     return f"its cache has a {others[0]}, which cannot be cut back" if others else None
 
 
 def common_length(sequences: list[list[int]]) -> int:
-    """Return how many tokens the sequences have in common, from the first on."""
+    """Return how many tokens at the beginning all sequences share."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))

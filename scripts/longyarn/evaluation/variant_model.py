@@ -1,4 +1,4 @@
-"""What the instruments share: which model they load, and how they write what they found."""
+"""What all evaluations share: loading a variant's model, and writing the results."""
 
 import argparse
 from pathlib import Path
@@ -14,8 +14,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a variant and say how to load it."""
     parser.add_argument("--variant", required=True, help="name of the variant")
     parser.add_argument("--model", type=Path, required=True, help="manifest of the model's weights")
-    parser.add_argument("--base", type=Path, help="manifest of the base, for its tokenizer")
-    parser.add_argument("--rope", type=Path, required=True, help="manifest of its RoPE settings")
+    parser.add_argument(
+        "--base", type=Path, help="manifest of the base model; its vocabulary must be the variant's"
+    )
+    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], required=True)
     parser.add_argument("--attention", required=True, help="transformers' attn_implementation")
     parser.add_argument("--threads", type=int, required=True, help="CPU threads")
@@ -24,9 +26,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(arguments: argparse.Namespace):
-    """Return the variant's model, ready to evaluate, on the GPU where there is one, or over several.
+    """Return the variant's model in evaluation mode, on the GPU if there is one, or over several.
 
-    A merged model must carry its RoPE by itself; an untrained variant gets it from its manifest.
+    A merged model must carry its own RoPE; an untrained variant gets its RoPE from the manifest.
     """
     import torch
 
@@ -55,7 +57,7 @@ def load(arguments: argparse.Namespace):
 
 
 def check_tokenizer(arguments: argparse.Namespace) -> None:
-    """Stop where a variant's tokenizer has another vocabulary than the base's."""
+    """Raise ``UserError`` if the variant's vocabulary differs from the base's."""
     both = [(path, read_json(path)) for path in (arguments.base, arguments.model)]
     files = [
         entry["sha256"]
@@ -74,13 +76,13 @@ def check_tokenizer(arguments: argparse.Namespace) -> None:
     if own != base:
         raise UserError(
             f"the variant {arguments.variant} has another vocabulary than the base ({len(own)} and "
-            f"{len(base)} tokens), so the two cannot be compared on identical tokens; take it out of "
+            f"{len(base)} tokens), so the two cannot be compared on identical tokens; remove it from "
             "evaluation.variants"
         )
 
 
 def spread(model, gpus: int):
-    """Return the model with its layers over this many GPUs; a batch passes from one to the next."""
+    """Return the model with its layers spread over GPUs; a batch passes from one GPU to the next."""
     import torch
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -104,7 +106,7 @@ def write(
     inputs: dict[str, Path],
     facts: dict,
 ) -> None:
-    """Write an instrument's manifest; its facts are the result, so there is no other payload."""
+    """Write the manifest of an evaluation. Its facts are the result; there is no other payload."""
     manifest.write(
         arguments.manifest,
         script=script,

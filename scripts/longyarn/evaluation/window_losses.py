@@ -1,7 +1,7 @@
-"""Windows over documents, and the loss of each token in them.
+"""Windows over documents, and the loss of each token that a window scores.
 
-A document's tokens are read in windows, one forward pass each, or one for several windows of the same
-length. Only the logits of tokens that a window scores are computed, some at a time.
+A document's tokens are read in windows, with one forward pass for each window or for several short ones
+of equal length. Logits are computed only for the tokens that a window scores, and in chunks.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,12 @@ import numpy as np
 from longyarn.core.console import progress
 from longyarn.models.logits import logits as logits_of
 
-TOKENS_AT_ONCE = 1024  # of windows in one forward pass; a longer window goes alone
-LOGITS_AT_ONCE = 1024  # positions whose logits are in memory together
+TOKENS_AT_ONCE = 1024  # tokens in one forward pass; a longer window has a pass of its own
+LOGITS_AT_ONCE = 1024  # positions whose logits are in memory at the same time
 
 
 class Window(NamedTuple):
-    """A document's tokens from ``begin`` to ``end``, and the ``first`` that the window scores."""
+    """A document's tokens from ``begin`` to ``end``; those from ``first`` on are scored."""
 
     document: str
     begin: int
@@ -25,16 +25,16 @@ class Window(NamedTuple):
 
     @property
     def length(self) -> int:
-        """How many tokens are read."""
+        """The number of tokens that are read."""
         return self.end - self.begin
 
 
 def windows(document: str, total: int, length: int, stride: int | None = None) -> list[Window]:
     """Return the windows of ``length`` over a document of ``total`` tokens.
 
-    Without a stride windows do not overlap and each scores all but its first token, which has no
-    context. With one, each after the first scores only the tokens that no window before it has scored:
-    the last ``stride`` of it, or what is left at the document's end.
+    Without a stride, windows do not overlap, and each scores all its tokens except the first, which has no
+    context. With a stride, each window after the first scores only tokens that no earlier window has
+    scored: its last ``stride`` tokens, or what is left at the document's end.
     """
     stride = stride or length
     found, scored = [], 1
@@ -48,7 +48,7 @@ def windows(document: str, total: int, length: int, stride: int | None = None) -
 
 
 def batches(windows: list[Window]) -> list[list[Window]]:
-    """Group windows, in order, by equal length, for one forward pass each."""
+    """Group neighboring windows of equal length; each group has one forward pass."""
     groups: list[list[Window]] = []
     for window in windows:
         last = groups[-1] if groups else []
@@ -68,8 +68,8 @@ def window_losses(
 ) -> dict[str, list[np.ndarray]]:
     """Return the negative log-likelihoods, in nats, that each window of each document scores.
 
-    ``texts`` holds token ids by document; the losses are float64 (scored tokens,), a document's windows
-    in order. ``label`` names what is being done, for whoever waits.
+    ``texts`` holds token ids by document. The losses are float64 (scored tokens,), in the order of a
+    document's windows. ``label`` names the work on the progress line.
     """
     every = [
         window for name, ids in texts.items() for window in windows(name, len(ids), length, stride)
