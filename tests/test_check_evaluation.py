@@ -50,7 +50,7 @@ def test_an_impossible_one_is_refused(finished, changes, words):
 
 
 def test_training_checks_first(finished_copy):
-    """Only the trained variant is asked for, so nothing but the check could notice before training."""
+    """Only the trained variant is evaluated, so nothing but the check can fail before training."""
     overrides = {
         "training": {"learning_rate": 5e-4},
         "evaluation": {"variants": ["trained"], "passkey": {"lengths": [60]}},

@@ -1,4 +1,4 @@
-"""Data sets of the hub, from a hub on this machine by the real client: budgets, resumption, refusals."""
+"""Data sets, read by the real client from a hub on this machine: budgets, resumption, refusals."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def facts(directory: Path, collection="pg19", out="corpus") -> dict:
 
 
 def noise(seed: int, size: int) -> str:
-    """Return text that does not compress to much less than half, so that bytes say something."""
+    """Return text that compresses to about half, so that transferred bytes measure what was read."""
     import random
 
     return "".join(random.Random(seed).choices("abcdefghijklmnop qrst", k=size))
@@ -80,7 +80,7 @@ def books(tmp_path_factory) -> Path:
 
 
 def sent(hub) -> int:
-    """Return the bytes of data files that the hub has sent, and forget them."""
+    """Return how many bytes of data files the hub has sent since the last call."""
     names = {r.file for r in hub.requests if r.file and r.file.endswith((".parquet", ".zst"))}
     total = sum(hub.sent(name) for name in names)
     hub.requests.clear()
@@ -88,7 +88,7 @@ def sent(hub) -> int:
 
 
 def test_two_data_sets_a_filter_and_a_budget_that_bounds_what_is_fetched(hub, tmp_path, books):
-    """Parquet by its configuration, and JSON Lines in zstd beside a loading script, by its files."""
+    """Parquet through its configuration; JSON Lines in zstd, beside a loading script, by file names."""
     lines = tmp_path / "lines"
     (lines / "train").mkdir(parents=True)
     (lines / "lines.py").write_text("raise SystemExit('this script was run')\n")
@@ -123,13 +123,13 @@ def test_two_data_sets_a_filter_and_a_budget_that_bounds_what_is_fetched(hub, tm
         entry(jsonl, collection="lines", data_files=["train/*.jsonl.zst"], characters=60_000),
         out="again",
     )
-    assert not hub.requests, "what is in the cache is not asked for again"
+    assert not hub.requests, "cached documents are not requested again"
     first, again = (list((tmp_path / name).iterdir()) for name in ("corpus", "again"))
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in again]
 
 
 def test_killed_and_started_again_it_goes_on_after_its_last_shard(hub, tmp_path):
-    """Two shards of 34 MB lie in six files; training text that compresses well keeps it quick."""
+    """Six files hold two shards of 34 MB. The text compresses well, which keeps the test quick."""
     (tmp_path / "set" / "data").mkdir(parents=True)
     for file in range(6):
         rows = [{"text": f"{file} {row} " + "long text " * 100_000} for row in range(12)]
@@ -157,7 +157,7 @@ def test_killed_and_started_again_it_goes_on_after_its_last_shard(hub, tmp_path)
     hub.heal()
     hub.requests.clear()
     resumed = bring(hub, tmp_path, entry(repository))
-    assert shard.stat().st_mtime_ns == written, "the finished shard was not written anew"
+    assert shard.stat().st_mtime_ns == written, "the finished shard was not written again"
     assert json.loads(position.read_text())["finished"]
     assert [d["id"] for d in resumed] == [f"pg19/{n}" for n in range(72)]
     assert [d["text"][:4] for d in resumed] == [
@@ -229,11 +229,11 @@ def test_what_the_client_raises_is_one_sentence():
         raise RuntimeError("ours")
 
 
-# What is chosen of a stream; the client's part is above.
+# Choosing documents of a stream; the tests above cover the client.
 
 
 def choose(rows: list, skip_bad=False, **keys) -> tuple[list[dict], dict, Collection]:
-    """Return the documents chosen of some rows, the position after them, and the counts."""
+    """Return the documents chosen from rows, the position after them, and the counts."""
     at = {"collection": "c", "repository": "an/set", "revision": "0" * 40}
     wanted = _with_defaults(at | keys, ENTRY)
     position, collection = dict(hub_datasets.START), Collection("an/set", None, skip_bad)
@@ -296,7 +296,7 @@ def test_shards_end_with_the_document_that_fills_them(tmp_path):
     assert sizes == [3, 3, 1]
 
 
-# Before the first job
+# Checks before the first job
 
 
 def test_the_preflight_asks_for_files_and_data_sets(hub, workspace, tmp_path, books, monkeypatch):
@@ -319,7 +319,7 @@ def test_the_preflight_asks_for_files_and_data_sets(hub, workspace, tmp_path, bo
 
 
 def test_access_is_refused_in_one_sentence(hub, tmp_path, books):
-    """In a process of its own, because the client reads its hub's address when it starts."""
+    """Runs in its own process, because the client reads the hub's address when it is imported."""
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1])\n"
         "from longyarn.core.errors import UserError\nfrom longyarn.data import hub_datasets\n"

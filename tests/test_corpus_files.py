@@ -1,4 +1,4 @@
-"""Local files of the corpus: every format, piece by piece, and one sentence for what is wrong in them."""
+"""Local files of the corpus: every format is read in parts, and every fault gives one sentence."""
 
 import gzip
 import json
@@ -178,7 +178,7 @@ def test_a_large_file_is_never_held_whole(tmp_path):
     assert peak < 4e6
 
 
-# What is wrong with files
+# Faults in files
 
 
 BAD = {
@@ -336,7 +336,7 @@ def test_a_mistake_in_the_config_is_one_sentence(case):
 
 
 def test_a_mix_of_sources_through_the_chain_and_what_a_changed_file_reruns(workspace):
-    """Markdown, JSON Lines and Parquet, to packed sequences; then one file of them changes."""
+    """Markdown, JSON Lines and Parquet become packed sequences; then one of the files changes."""
     texts = workspace.directory / "texts"
     overrides = {"corpus": write_mix(texts)}
     workspace.snakemake("results/tests/pack.json", overrides=overrides)

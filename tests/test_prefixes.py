@@ -1,4 +1,4 @@
-"""Prompts that begin alike: the same logits as when each is read whole, with less to read."""
+"""Prompts with equal beginnings: the same logits as reading each whole, with fewer tokens read."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def make(config):
 
 
 def trials() -> list[list[list[int]]]:
-    """Batches of prompts that part from a common text at different places, the last one at once."""
+    """Batches of prompts that leave a common text at different places; the last shares nothing."""
     torch.manual_seed(1)
     common = torch.randint(50, (100,)).tolist()
     rest = lambda count: torch.randint(50, (count,)).tolist()  # noqa: E731
@@ -71,7 +71,7 @@ def test_logits_equal_those_of_whole_prompts(name, piece, monkeypatch):
 
 
 def tokens_read(model, reader, batches) -> int:
-    """Return how many tokens the model is given, over all batches."""
+    """Return how many tokens the model reads for all batches."""
     count = 0
 
     def see(module, arguments, named):
@@ -107,7 +107,7 @@ def test_a_sliding_window_is_read_whole_and_says_so(window):
 
 def test_code_that_came_with_a_model_is_read_whole():
     class Remote(type(make(FULL["llama"]))):
-        """As transformers names the classes of trust_remote_code."""
+        """A class with the module name that transformers gives to remote code."""
 
     Remote.__module__ = "transformers_modules.owner.name"
     torch.manual_seed(0)

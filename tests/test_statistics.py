@@ -1,4 +1,4 @@
-"""Intervals: each covers what it says it covers."""
+"""Confidence intervals: each has the coverage that it claims."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_quantiles_of_student_are_those_of_the_tables(freedom, quantile):
 
 @pytest.mark.parametrize("documents", [20, 40])
 def test_the_interval_of_perplexity_covers_19_times_in_20(documents):
-    """Documents differ in length (by a factor of 3, 1 in 3) and in how hard they are (skewed).
+    """Documents differ in length and in difficulty, whose distribution is skewed.
 
     The mean loss of a document is 3 nats a token, give or take 0.35, with a longer tail to hard ones.
     """
@@ -53,7 +53,7 @@ def test_the_interval_of_perplexity_covers_19_times_in_20(documents):
 
 @pytest.mark.parametrize("trials", [10, 50, 75])
 def test_wilson_covers_19_times_in_20_on_the_mean_over_rates(trials):
-    """Exact, from the binomial distribution, the mean over rates from 0 to 1."""
+    """The coverage is exact, from the binomial distribution, and averaged over rates from 0 to 1."""
     rates = np.linspace(0.0005, 0.9995, 1000)
     coverage = np.zeros(len(rates))
     for successes in range(trials + 1):

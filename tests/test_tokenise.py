@@ -1,4 +1,4 @@
-"""The stage tokenise: every document between bos and eos, held-out ones apart, mistakes named."""
+"""The stage tokenise: bos and eos around each document, held-out documents, clear errors."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ TALK = [
 
 @pytest.fixture
 def inputs(tmp_path):
-    """A brought base model and a corpus of three documents."""
+    """A downloaded base model and a corpus of three documents."""
     shutil.copytree(MICRO_BASE, tmp_path / "model")
     bring(tmp_path / "model", tmp_path)
     write_corpus(tmp_path, [{"id": name, "text": text} for name, text in TEXTS.items()])
@@ -76,7 +76,7 @@ def arguments(directory, *held_out, **more) -> list:
 
 
 def refused(directory, *held_out, **more) -> str:
-    """Return the sentence of a stage that stops; no output may be left."""
+    """Return the error message of the stage; check that no output is left."""
     sentence = refusal(tokenise, *arguments(directory, *held_out, **more))
     assert not (directory / "tokens").exists()
     assert not (directory / "tokens.json").exists()
@@ -84,7 +84,7 @@ def refused(directory, *held_out, **more) -> str:
 
 
 def change_model(directory, name: str, content: str) -> None:
-    """Change a file of the model and bring the model again."""
+    """Change a file of the model and download the model again."""
     (directory / "model" / name).unlink()
     (directory / "model" / name).write_text(content)
     bring(directory / "model", directory)
@@ -184,14 +184,14 @@ def test_a_killed_run_goes_on_where_it_stood(inputs):
     assert 0 < len(kept) < 4 and not (inputs / "tokens.json").exists()
     run(tokenise, *arguments(inputs, "a/0"))
     linked = {path.stat().st_ino for path in (inputs / "tokens").iterdir()}
-    assert kept <= linked, "finished parts are not made again"
+    assert kept <= linked, "finished parts are not written again"
     killed = (inputs / "tokens.json").read_bytes()
     run(tokenise, *arguments(inputs, "a/0"))
     assert (inputs / "tokens.json").read_bytes() == killed
 
 
 def parent_was(pid: str, parent: int) -> bool:
-    """Tell whether a process is a worker of one that is gone."""
+    """Tell whether a process is a worker of this parent, which has ended."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return f"parent_pid={parent}".encode() in file.read()

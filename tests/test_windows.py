@@ -1,4 +1,4 @@
-"""Windows over documents: which tokens each scores, their losses, and the memory that takes."""
+"""Windows over documents: which tokens each window scores, their losses, and the memory used."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def model():
 
 
 def naive(model, ids, length, stride):
-    """One forward pass for each scored token, with just the context that its window gives it."""
+    """Compute each loss in its own forward pass, with exactly the context that its window gives."""
     losses = np.full(len(ids), np.nan)
     begin = 0
     while begin < len(ids):
@@ -178,10 +178,12 @@ print(json.dumps([len(losses), peak() - before]))
 
 
 def test_the_memory_of_a_long_window_is_less_than_its_logits():
-    """32,768 tokens with a vocabulary of 2,048, and no logits, scores or caches of them all."""
+    """A window of 32,768 tokens never holds all logits, attention scores or caches at once."""
     length, vocabulary = 32768, 2048
     command = [sys.executable, "-c", PEAK, ROOT / "tests", ROOT / "scripts", str(length)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # freed memory is given back
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": str(2**20)
+    }  # return freed memory to the system
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     scored, grown = json.loads(done.stdout)
     assert scored == length - 1
