@@ -116,7 +116,7 @@ def lengths(arguments: argparse.Namespace) -> tuple[int, int]:
     """Return the model's original length and the length of a training sequence, in tokens."""
     rope = RopeRecord.read(arguments.rope)
     original = rope.original_max_position_embeddings
-    length = arguments.sequence_length or rope.max_position_embeddings
+    length = derived.training_length(arguments.sequence_length, rope.max_position_embeddings)
     if length < original:
         raise UserError(
             f"mix.sequence_length {length} is shorter than the model's original length {original}, so "

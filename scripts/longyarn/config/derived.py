@@ -48,7 +48,12 @@ def evaluation(config: dict, original: int | None) -> dict:
 
 def sequence_length(config: dict) -> int:
     """Return the tokens of a training sequence."""
-    return config["mix"]["sequence_length"] or config["rope"]["target_length"]
+    return training_length(config["mix"]["sequence_length"], config["rope"]["target_length"])
+
+
+def training_length(stated: int | None, target: int) -> int:
+    """Return the tokens of a training sequence: mix.sequence_length or, if it is null, the target."""
+    return stated or target
 
 
 def processes(training: dict) -> int:
