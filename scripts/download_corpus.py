@@ -21,7 +21,9 @@ from longyarn.data import documents, hub_datasets, local_files, python_packages
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("packages", "files", "datasets"):
         parser.add_argument(
             f"--{name}", type=json.loads, default=[], help=f"config list `corpus.{name}`, as JSON"

@@ -1,4 +1,4 @@
-r"""Compute the RoPE settings of one variant of the base model, check them, and record them.
+"""Compute the RoPE settings of one variant of the base model, check them, and record them.
 
     python scripts/patch_rope.py --base results/micro/base.json \
         --settings '{"method": "yarn", "target_length": 4096, "write_config": true}' \
