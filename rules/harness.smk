@@ -27,7 +27,7 @@ rule harness:
         attention=config["evaluation"]["attention"],
         threads=config["evaluation"]["threads"],
         tasks=config["evaluation"]["harness"]["tasks"],
-        lengths=config["evaluation"]["harness"]["lengths"],
+        lengths=options.lengths(config, "harness"),
         limit=unless_null("--limit", config["evaluation"]["harness"]["limit"]),
         num_fewshot=unless_null(
             "--num-fewshot", config["evaluation"]["harness"]["num_fewshot"]
@@ -36,5 +36,5 @@ rule harness:
         "python {params.script:q} --variant {wildcards.variant} --model {input.model}"
         " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
         " --threads {params.threads} --gpus {resources.gpu} --tasks {params.tasks:q}"
-        " --lengths {params.lengths} {params.limit} {params.num_fewshot}"
+        " {params.lengths} {params.limit} {params.num_fewshot}"
         " --manifest {output.manifest} 2>&1 | tee {log}"

@@ -24,7 +24,7 @@ rule passkey:
         precision=config["evaluation"]["precision"],
         attention=config["evaluation"]["attention"],
         threads=config["evaluation"]["threads"],
-        lengths=config["evaluation"]["passkey"]["lengths"],
+        lengths=options.lengths(config, "passkey"),
         depths=config["evaluation"]["passkey"]["depths"],
         trials=config["evaluation"]["passkey"]["trials"],
         digits=config["evaluation"]["passkey"]["digits"],
@@ -34,7 +34,7 @@ rule passkey:
     shell:
         "python {params.script:q} --variant {wildcards.variant} --model {input.model}"
         " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
-        " --threads {params.threads} --gpus {resources.gpu} --lengths {params.lengths}"
+        " --threads {params.threads} --gpus {resources.gpu} {params.lengths}"
         " --depths {params.depths} --trials {params.trials} --digits {params.digits} --seed {params.seed}"
         " --needles {params.needles} {params.haystack}"
         " --manifest {output.manifest} 2>&1 | tee {log}"

@@ -25,8 +25,9 @@ rule perplexity:
         attention=config["evaluation"]["attention"],
         threads=config["evaluation"]["threads"],
         settings=as_json(config["evaluation"]["perplexity"]),
+        lengths=options.derived_lengths(config, "perplexity"),
     shell:
         "python {params.script:q} --variant {wildcards.variant} --model {input.model}"
         " --base {input.base} --rope {input.rope} --precision {params.precision} --attention {params.attention}"
         " --threads {params.threads} --gpus {resources.gpu} --tokens {input.tokens}"
-        " --settings {params.settings} --manifest {output.manifest} 2>&1 | tee {log}"
+        " --settings {params.settings} {params.lengths} --manifest {output.manifest} 2>&1 | tee {log}"

@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from longyarn.config import thresholds
+from longyarn.config import derived, thresholds
 from longyarn.core import manifest
 from longyarn.core.errors import program
 from longyarn.evaluation import passkey_prompts, perplexity_protocols
@@ -28,21 +28,22 @@ def main() -> None:
     tokens = manifest.read_facts(arguments.tokens)
     held_out = {document["id"]: document["tokens"] for document in tokens["held_out"]}
     rope = RopeRecord.read(arguments.rope)
+    original = rope.original_max_position_embeddings
+    target = arguments.target or rope.max_position_embeddings
+    lengths = {
+        "perplexity": derived.evaluation_lengths(arguments.perplexity_lengths, original, target),
+        "passkey": derived.evaluation_lengths(arguments.passkey_lengths, original, target),
+    }
     thresholds.check_lengths(
-        arguments.thresholds,
-        {"perplexity": arguments.perplexity_lengths, "passkey": arguments.passkey_lengths},
-        {
-            "original": rope.original_max_position_embeddings,
-            "target": rope.max_position_embeddings,
-        },
+        arguments.thresholds, lengths, {"original": original, "target": target}
     )
-    longest = max(arguments.perplexity_lengths)
+    longest = max(lengths["perplexity"])
     perplexity_protocols.whole_windows(held_out, longest, arguments.tokens_per_document)
     tokenizer = loading.load_tokenizer(
         arguments.base.parent / base["directory"], base["trust_remote_code"]
     )
     haystack = passkey_prompts.read_haystack(tokenizer, arguments.haystack)
-    for length in arguments.passkey_lengths:
+    for length in lengths["passkey"]:
         (needles,) = passkey_prompts.draw_needles(
             1, arguments.digits, 0, arguments.needles, length, 0.5
         )
@@ -56,9 +57,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
     parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
     parser.add_argument("--tokens", type=Path, required=True, help="manifest of the tokens")
-    parser.add_argument("--perplexity-lengths", type=int, nargs="+", required=True)
+    parser.add_argument(
+        "--target", type=int, help="target length of the run; default: that of --rope"
+    )
+    parser.add_argument("--perplexity-lengths", type=int, nargs="+", help="default: derived")
     parser.add_argument("--tokens-per-document", type=int, required=True)
-    parser.add_argument("--passkey-lengths", type=int, nargs="+", required=True)
+    parser.add_argument("--passkey-lengths", type=int, nargs="+", help="default: derived")
     parser.add_argument("--digits", type=int, required=True, help="digits of a key")
     parser.add_argument(
         "--thresholds", type=json.loads, required=True, help="config section `gate`, as JSON"

@@ -14,6 +14,7 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
+from longyarn.config import derived
 from longyarn.core import manifest
 from longyarn.core.errors import program
 from longyarn.evaluation import lm_eval_tasks, variant_model
@@ -22,8 +23,9 @@ from longyarn.models import loading
 
 def main() -> None:
     arguments = parse_arguments()
+    lengths = variant_model.lengths(arguments, arguments.lengths, derived.LEAST_HARNESS_LENGTH)
     settings = lm_eval_tasks.Settings(
-        arguments.tasks, arguments.lengths, arguments.limit, arguments.num_fewshot
+        arguments.tasks, lengths, arguments.limit, arguments.num_fewshot
     )
     generated = set(arguments.tasks) <= set(lm_eval_tasks.GENERATED)
     with lm_eval_tasks.offline() if generated else contextlib.nullcontext():
@@ -54,12 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     variant_model.add_model_arguments(parser)
     parser.add_argument("--tasks", nargs="+", required=True, help="tasks by their lm_eval names")
     parser.add_argument(
-        "--lengths",
-        type=int,
-        nargs="+",
-        required=True,
-        help="lengths of RULER's prompts, in tokens",
+        "--lengths", type=int, nargs="+", help="lengths of RULER's prompts, in tokens"
     )
+    variant_model.add_length_arguments(parser)
     parser.add_argument("--limit", type=int, help="examples per task and length; default: all")
     parser.add_argument("--num-fewshot", type=int, help="examples shown; default: the task's own")
     return parser.parse_args()

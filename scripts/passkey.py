@@ -21,6 +21,7 @@ from longyarn.models import loading
 
 def main() -> None:
     arguments = parse_arguments()
+    arguments.lengths = variant_model.lengths(arguments, arguments.lengths)
     tokenizer = loading.load_tokenizer(
         variant_model.model_directory(arguments),
         manifest.read_facts(arguments.model)["trust_remote_code"],
@@ -59,7 +60,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     variant_model.add_model_arguments(parser)
-    parser.add_argument("--lengths", type=int, nargs="+", required=True, help="prompt lengths")
+    parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths in tokens")
+    variant_model.add_length_arguments(parser)
     parser.add_argument(
         "--depths", type=float, nargs="+", required=True, help="places of the key: 0 start, 1 end"
     )

@@ -27,6 +27,7 @@ from longyarn.models.logits import check_logits
 def main() -> None:
     arguments = parse_arguments()
     settings = arguments.settings
+    settings = settings | {"lengths": variant_model.lengths(arguments, settings["lengths"])}
     longest = max(settings["lengths"])
     documents = held_out_documents(arguments.tokens)
     counts = {name: len(ids) for name, ids in documents.items()}
@@ -75,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         "--settings", type=json.loads, required=True,
         help="config section `evaluation.perplexity`, as JSON",
     )  # fmt: skip
+    variant_model.add_length_arguments(parser)
     return parser.parse_args()
 
 

@@ -143,6 +143,19 @@ def test_options_of_pack_and_training():
     assert options.training_nodes(made.config) == {"nodes": 1}
 
 
+def test_lengths_that_are_not_stated_follow_from_the_target_alone():
+    """The original length of a model that is not downloaded yet is no option, or jobs would run again."""
+    config = layout().config
+    assert options.lengths(config, "passkey") == "--lengths 512 1024 2048 4096"
+    assert options.derived_lengths(config, "perplexity") == ""
+    config = layout(evaluation__passkey__lengths=None).config
+    assert options.lengths(config, "passkey") == "--target 4096"
+    assert "--passkey-lengths" not in options.evaluation_checks(config)
+    assert "--target 4096" in options.evaluation_checks(config)
+    rope = config["rope"] | {"original_max_position_embeddings": 1024}
+    assert options.lengths(config | {"rope": rope}, "passkey") == "--target 4096 --original 1024"
+
+
 def test_training_on_several_machines():
     config = DEFAULT | {
         "training": DEFAULT["training"] | {"nodes": 2, "gpus": 4, "threads": 2},

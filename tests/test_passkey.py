@@ -1,13 +1,16 @@
 """Passkey: prompts are as described, and success equals that of greedy decoding."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from conftest import ROOT
+from stages import bring, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
-from longyarn.evaluation import intervals, passkey_prompts, shared_prefixes
+from longyarn.evaluation import intervals, passkey_prompts, shared_prefixes, variant_model
 
 BASE = ROOT / "resources" / "micro-base"
 
@@ -180,3 +183,16 @@ def test_the_stage_fills_the_grid(finished):
             cell = row["0.5"]
             assert cell["trials"] == 2
             assert 0 <= cell["low"] <= cell["successes"] / 2 <= cell["high"] <= 1
+
+
+def test_lengths_that_are_not_stated_follow_from_the_base(tmp_path):
+    base = bring(make_model(tmp_path / "model"), tmp_path)
+    arguments = Namespace(base=base, target=2048, original=None)
+    assert variant_model.lengths(arguments, None) == [512, 1024, 2048]
+    assert variant_model.lengths(arguments, None, least=1024) == [1024, 2048]
+    assert variant_model.lengths(arguments, [600]) == [600]
+    arguments.original = 1024
+    assert variant_model.lengths(arguments, None) == [1024, 2048]
+    arguments.target = None
+    with pytest.raises(UserError, match="give --lengths, or --target and --base"):
+        variant_model.lengths(arguments, None)

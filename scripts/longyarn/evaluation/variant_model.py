@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from longyarn.config import derived
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
 from longyarn.core.files import read_json
@@ -23,6 +24,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, required=True, help="CPU threads")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread the layers over")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+
+
+def add_length_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that the lengths of the evaluation follow from if they are not stated."""
+    parser.add_argument("--target", type=int, help="target length, to derive the lengths from")
+    parser.add_argument("--original", type=int, help="original length; default: that of --base")
+
+
+def lengths(arguments: argparse.Namespace, stated: list[int] | None, least: int = 1) -> list[int]:
+    """Return the lengths to evaluate at: the stated ones, or those that follow from --target and --base."""
+    if stated:
+        return stated
+    if not arguments.target or not arguments.base:
+        raise UserError("no lengths are stated; give --lengths, or --target and --base")
+    base = arguments.base.parent / manifest.read_facts(arguments.base)["directory"]
+    original = arguments.original or read_json(base / "config.json")["max_position_embeddings"]
+    return derived.evaluation_lengths(None, original, arguments.target, least)
 
 
 def load(arguments: argparse.Namespace):

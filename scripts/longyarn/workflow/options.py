@@ -92,20 +92,44 @@ def tokens_to_read(layout: Layout, phase: str) -> str:
     return f"--read {estimate.training_tokens(settings)}"
 
 
+def lengths(config: dict, instrument: str) -> str:
+    """Return the option with the stated lengths of an instrument, or the options that they follow from."""
+    stated = config["evaluation"][instrument]["lengths"]
+    return (
+        f"--lengths {' '.join(map(str, stated))}" if stated else derived_lengths(config, instrument)
+    )
+
+
+def derived_lengths(config: dict, instrument: str) -> str:
+    """Return the options that an instrument's lengths follow from; empty if the lengths are stated.
+
+    The model's own original length is not among them: it can be unknown until the model is downloaded,
+    and an option that changed then would make finished jobs run again.
+    """
+    rope = config["rope"]
+    if config["evaluation"][instrument]["lengths"]:
+        return ""
+    original = unless_null("--original", rope["original_max_position_embeddings"])
+    return f"--target {rope['target_length']} {original}".strip()
+
+
 def evaluation_checks(config: dict) -> str:
     """Return the options of scripts/check_evaluation.py."""
     perplexity, passkey = (config["evaluation"][name] for name in ("perplexity", "passkey"))
     options = {
-        "--perplexity-lengths": perplexity["lengths"],
+        "--target": [config["rope"]["target_length"]],
+        "--perplexity-lengths": perplexity["lengths"] or [],
         "--tokens-per-document": [perplexity["tokens_per_document"]],
-        "--passkey-lengths": passkey["lengths"],
+        "--passkey-lengths": passkey["lengths"] or [],
         "--digits": [passkey["digits"]],
         "--thresholds": [as_json(config["gate"])],
         "--needles": [passkey["needles"]],
     }
     if passkey["haystack"]:
         options["--haystack"] = [shlex.quote(passkey["haystack"])]
-    return " ".join(" ".join(map(str, [name, *values])) for name, values in options.items())
+    return " ".join(
+        " ".join(map(str, [name, *values])) for name, values in options.items() if values
+    )
 
 
 def gpu_model(config: dict) -> dict[str, str]:
