@@ -15,7 +15,7 @@ from longyarn.config.load import complete
 from longyarn.core import job_record
 from longyarn.core.code_hash import code_hash
 from longyarn.core.errors import UserError
-from longyarn.core.files import ROOT
+from longyarn.core.files import ROOT, from_here
 from longyarn.data import chat_templates, local_files
 from longyarn.models.source_files import BASE_MODEL_FILES, EXTERNAL_MODEL_FILES
 from longyarn.training import identity

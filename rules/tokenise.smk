@@ -10,7 +10,7 @@ rule tokenise:
     input:
         **results(base=f"{RUN}/base", corpus=f"{RUN}/corpus"),
         # An edited template tokenises again.
-        template=str(chat_templates.path_of(CHAT_TEMPLATE)) if CHAT_TEMPLATE else [],
+        template=str(from_here(chat_templates.path_of(CHAT_TEMPLATE))) if CHAT_TEMPLATE else [],
     output:
         manifest=f"{RUN}/tokens.json",
         payload=directory(f"{RUN}/tokens"),

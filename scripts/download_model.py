@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longyarn.core import manifest
 from longyarn.core.errors import UserError, program
-from longyarn.core.files import link_or_copy, new_directory, read_json, require_space
+from longyarn.core.files import link_or_copy, located, new_directory, read_json, require_space
 from longyarn.models import hub
 from longyarn.models.source_files import check_code, check_complete, is_local, needed_files
 
@@ -29,7 +29,7 @@ def main() -> None:
 
     commit = None
     if is_local(arguments.source):
-        source = Path(arguments.source).expanduser()
+        source = located(arguments.source)
         if not source.is_dir():
             raise UserError(f"model.source {arguments.source} is not a directory; mend the path")
     else:

@@ -250,7 +250,7 @@ def test_the_environment_binds_and_keeps_pythons_variables_out(tmp_path, monkeyp
     here, work = tmp_path / "here", tmp_path / "big" / "work"
     assert values["APPTAINER_BIND"].split(",") == [
         "/data:/in", f"{here}/results", f"{work}", f"{work}:{tmp_path}/scratch/work",
-        f"{here}/.cache", f"{tmp_path}/wheels",
+        f"{here}/.cache", f"{ROOT}", f"{tmp_path}/wheels",
     ]  # fmt: skip
     assert work.is_dir()
     elsewhere = config_of("cpu") | {"training": {"source": str(tmp_path / "big")}}

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from longyarn.core.errors import UserError
+from longyarn.core.files import ROOT, located
 
 LOCKS = {
     "cpu": ("cpu", "build", "run", "harness"),
@@ -128,8 +129,10 @@ def environment(config: dict, make: bool = True) -> dict[str, str]:
         except OSError as error:
             raise UserError(f"paths.{key} cannot be made ({error}); choose another") from None
     sources = [config["model"]["source"], config["training"]["source"]]
-    paths += [Path(source).expanduser() for source in sources if source]
+    paths += [located(source) for source in sources if source]
     paths.append(token)
+    if not ROOT.is_relative_to(Path.cwd()):  # the scripts of a workflow that stands elsewhere
+        paths.append(ROOT)
     paths += [Path(part) for key in HOST_PATHS for part in host.get(key, "").split()]
     user = host.get("APPTAINER_BIND") or host.get("SINGULARITY_BIND") or ""
     binds = [bind for bind in user.split(",") if bind]

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from longyarn.core.errors import UserError
-from longyarn.core.files import ROOT
+from longyarn.core.files import ROOT, located
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def find(config: dict) -> Shape | None:
     """
     source, name = config["model"]["source"], config["model"]["shape"]
     run = Path(config["paths"]["results"]) / config["run"]
-    directories = [Path(source).expanduser()]
+    directories = [located(source)]
     if (_read(run / "base.json").get("facts") or {}).get("source") == source:
         directories.append(run / "base")
     for directory in directories:

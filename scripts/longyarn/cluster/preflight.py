@@ -18,7 +18,7 @@ from pathlib import Path
 from longyarn.cluster import container_images, job_resources
 from longyarn.config import sweep_cells
 from longyarn.core.errors import UserError, first_line
-from longyarn.core.files import ROOT
+from longyarn.core.files import ROOT, located
 from longyarn.provenance.archive import check_place
 from longyarn.stages import INSTRUMENTS
 
@@ -218,7 +218,7 @@ def _to_come(run: Run) -> Iterable[tuple[str, str, float]]:
         yield "cache", "data sets", parts["corpus"]
     if run.has("download_model"):
         # Files are linked where one disk has both places, and copied elsewhere.
-        place = source if is_local(source) else config["paths"]["cache"]
+        place = located(source) if is_local(source) else config["paths"]["cache"]
         if not is_local(source):
             yield "cache", "base model", parts["base model"]
         if _device(place) != _device(config["paths"]["results"]):
@@ -251,7 +251,7 @@ def hub(run: Run) -> str:
     for model in wanted:
         source = model["source"]
         if is_local(source):
-            if not (Path(source).expanduser() / "config.json").is_file():
+            if not (located(source) / "config.json").is_file():
                 raise UserError(
                     f"model.source {source} is no directory with a config.json; mend the path"
                 )

@@ -16,6 +16,26 @@ ROOT = (
 )  # the directory of the workflow, with Snakefile, scripts/, and resources/
 
 
+def located(name: str | Path) -> Path:
+    """Return a path that the configuration names.
+
+    A relative path starts at the working directory. If nothing is there, it may name a file that comes with
+    the workflow, such as ``resources/micro-base``, and starts at the workflow's directory.
+    """
+    path = Path(name).expanduser()
+    own = ROOT / path
+    return from_here(own) if own.exists() and not path.exists() else path
+
+
+def from_here(path: Path) -> Path:
+    """Return a path relative to the working directory if it lies below it.
+
+    So a directory that holds both the workflow and its runs can be moved, and no job runs again.
+    """
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link a file to a new place, or copy it to another file system. Follows symbolic links."""
     try:

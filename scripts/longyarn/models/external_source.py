@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from longyarn.core.errors import UserError
+from longyarn.core.files import located
 from longyarn.models import hub
 from longyarn.models.source_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def local(name: str) -> Path:
     """Return the directory that training.source names; stop where nothing lies there."""
-    source = Path(name).expanduser()
+    source = located(name)
     if not any((source / file).is_file() for file in (ADAPTER_CONFIG, "config.json")):
         raise UserError(
             f"training.source {name} is no directory with an {ADAPTER_CONFIG} or a config.json; mend the path"

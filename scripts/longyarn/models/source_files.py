@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from longyarn.core.errors import UserError
-from longyarn.core.files import read_json
+from longyarn.core.files import located, read_json
 
 # Glob patterns of the files beside the weights; only the top directory of a repository is searched.
 SETTINGS = (
@@ -22,7 +22,7 @@ EXTERNAL_MODEL_FILES = (*SETTINGS, ADAPTER_CONFIG, ADAPTER_WEIGHTS, f"model*{SAF
 
 def is_local(source: str) -> bool:
     """Tell whether a model source names a directory; a hub repository is owner/name."""
-    return Path(source).expanduser().exists() or source.startswith(("/", ".", "~"))
+    return located(source).exists() or source.startswith(("/", ".", "~"))
 
 
 def tensor_files(model_directory: Path) -> list[Path]:

@@ -9,22 +9,17 @@ from pathlib import Path
 
 from longyarn.config import sweep_cells, variants
 from longyarn.config.phases import parts, phases
-from longyarn.core.files import ROOT, read_json
+from longyarn.core.files import ROOT, from_here, located, read_json
 
 
 def workflow_file(name: str) -> str:
-    """Return a file of the workflow by its name below the workflow's directory.
-
-    It is a relative path if the workflow lies in the working directory. So a checkout that was moved has
-    the same commands and inputs, and nothing runs again.
-    """
-    path, here = ROOT / name, Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    """Return a file of the workflow by its name below the workflow's directory."""
+    return str(from_here(ROOT / name))
 
 
 def files_of(source: str, patterns: tuple[str, ...]) -> list[str]:
     """Return the files of a local model, so that a change of them is noticed; none of a model of the hub."""
-    directory = Path(source).expanduser()
+    directory = located(source)
     return sorted({str(file) for pattern in patterns for file in directory.glob(pattern)})
 
 
