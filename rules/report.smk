@@ -26,9 +26,16 @@ rule report:
         phases=options.manifests(PHASES),
         template=workflow_file("resources/report.html.jinja"),
     output:
-        html=f"{RUN}/report.html",
+        html=report(
+            f"{RUN}/report.html", category="Report", caption="captions/report.rst"
+        ),
         json=f"{RUN}/report.json",
-        figures=directory(f"{RUN}/figures"),
+        figures=report(
+            directory(f"{RUN}/figures"),
+            patterns=["{name}.png"],
+            category="Figures",
+            caption="captions/figures.rst",
+        ),
     log:
         f"{RUN}/logs/report.log",
     benchmark:

@@ -13,8 +13,12 @@ rule sweep:
         passkey=expand(f"{RUN}/{{cell}}passkey/trained.json", cell=layout.cells),
     output:
         json=f"{RUN}/sweep.json",
-        page=f"{RUN}/sweep.md",
-        png=f"{RUN}/sweep.png",
+        page=report(
+            f"{RUN}/sweep.md", category="Sweep", caption="captions/sweep.rst"
+        ),
+        png=report(
+            f"{RUN}/sweep.png", category="Sweep", caption="captions/sweep.rst"
+        ),
         svg=f"{RUN}/sweep.svg",
     log:
         f"{RUN}/logs/sweep.log",
