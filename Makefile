@@ -78,7 +78,7 @@ test-containers: setup-dev ## Install container tools (as root) and run their te
 lint: setup-dev ## Run all linters
 	ruff check .
 	ruff format --check .
-	snakefmt --check Snakefile rules
+	snakefmt --check Snakefile rules resources
 	snakemake --lint
 
 ROWS ?=
@@ -96,7 +96,7 @@ plan: setup ## Print what the run of CONFIG will cost; refuse what cannot fit
 	python scripts/plan.py $(if $(PROFILE),--profile $(PROFILE)) $(if $(CONFIG),--configfile $(CONFIG))
 
 micro-base: setup ## Train the micro base model again; it is committed, so nobody needs to
-	snakemake --cores $(CORES) micro_base
+	snakemake -s resources/micro-base/training/Snakefile --cores $(CORES)
 	cp results/micro/micro_base/* resources/micro-base/
 
 lock: setup-dev ## Write the hash-locked requirements from envs/*.in

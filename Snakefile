@@ -56,7 +56,6 @@ include: "rules/bundle.smk"
 include: "rules/sweep.smk"
 include: "rules/export_llamafactory.smk"
 include: "rules/export_axolotl.smk"
-include: "rules/micro_base.smk"
 include: "rules/plan.smk"
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -10,12 +12,15 @@ import yaml
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import micro_base
 from longyarn.data.token_store import held_out_documents
 from longyarn.evaluation import passkey_prompts, shared_prefixes
 from longyarn.evaluation.window_losses import window_losses
 
 BASE = ROOT / "resources" / "micro-base"
+sys.path.insert(0, str(BASE / "training"))
+
+import exercises  # noqa: E402
+import micro_base  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def test_its_perplexity_rises_past_its_window(model, finished):
 
 
 def test_the_exercises_never_pass_the_window(tokenizer):
-    assert max(length for stage in micro_base.STAGES for length in stage.lengths) <= 512
+    assert max(length for stage in exercises.STAGES for length in stage.lengths) <= 512
 
 
 def test_training_it_is_deterministic_in_its_start(tokenizer):
@@ -89,3 +94,16 @@ def test_training_it_is_deterministic_in_its_start(tokenizer):
     second = micro_base.build_model(tokenizer)
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_its_card_has_the_numbers_of_its_training():
+    record = json.loads((BASE / "training.json").read_text())
+    assert micro_base.model_card(record) == (BASE / "README.md").read_text()
+
+
+def test_its_workflow_takes_the_corpus_from_longyarn(workspace):
+    snakefile = "resources/micro-base/training/Snakefile"
+    done = workspace.run(["snakemake", "-n", "-s", snakefile, "--cores", "2"])
+    assert set(re.findall(r"^(?:local)?rule (\w+):$", done.stdout, re.M)) == {
+        "longyarn_download_corpus", "micro_base",
+    }  # fmt: skip

@@ -135,8 +135,6 @@ def memory(config: dict, stage: str, shape: Shape | None) -> float | None:
     training = config["training"]
     if stage in LIGHT:
         return PROCESS
-    if stage == "micro_base":
-        return 4 * PROCESS
     if stage == "tokenise":
         return PROCESS + TOKENISE_WORKERS * WORKER
     if stage == "download_corpus":  # it streams; of a data set it holds a group of rows
@@ -179,8 +177,6 @@ def minutes(config: dict, stage: str, shape: Shape | None) -> float | None:
     tokens = estimate.packed_tokens(config)
     if stage in ("patch_rope", "report", "gate", "sweep", "checkpoint"):
         return 0.0
-    if stage == "micro_base":
-        return 240.0
     if stage in ("download_corpus", "tokenise", "pack", *EXPORTS):
         workers = TOKENISE_WORKERS if stage == "tokenise" else 1
         return None if tokens is None else tokens / TOKENS / workers / 60
