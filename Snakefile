@@ -1,9 +1,8 @@
 """Longyarn: extend the context of a RoPE model, with the evidence that it works.
 
-The stages, in order; each is rules/X.smk with scripts/X.py and targets a manifest:
-download_model, download_corpus, patch_rope, tokenise, pack, train, merge, perplexity, passkey, report,
-gate, export, provenance; push and bundle are targets of their own, and so are the exports to other
-frameworks. Where the config names a model trained elsewhere, adopt takes the place of train.
+The stages in order: download_model, download_corpus, patch_rope, tokenise, pack, train (or adopt, for a model
+trained elsewhere), merge, perplexity, passkey, report, gate, export, provenance. Each is rules/X.smk with
+scripts/X.py, and its target is a manifest. Push, bundle, sweep and other exports are targets of their own.
 """
 
 from snakemake.utils import min_version
@@ -11,19 +10,19 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 
-# The configuration of the micro model. A configuration of your own takes nothing from it.
+# The micro model. A configuration of your own takes nothing from this file.
 if not workflow.overwrite_configfiles:
 
     configfile: workflow.source_path("config.yaml")
-
-
-report: "rules/captions/workflow.rst"
 
 
 include: "rules/common.smk"
 
 
 container: IMAGE
+
+
+report: "rules/captions/workflow.rst"
 
 
 include: "rules/download_model.smk"
@@ -59,9 +58,7 @@ include: "rules/export_axolotl.smk"
 include: "rules/plan.smk"
 
 
-# These run where Snakemake itself runs, so under SLURM on the login node: compute nodes often have no
-# network, and the gate is not worth the queue. A container does not change that: a local rule runs in
-# its image all the same.
+# These run where Snakemake runs. They need the network, which compute nodes often lack, or only seconds.
 localrules:
     all,
     prefetch,
@@ -76,7 +73,7 @@ localrules:
 
 
 rule all:
-    """The report, the model that it is about, the gate that it passed, and the seal on all of it."""
+    """The report, the model, the result of the gate, and the seal on all files."""
     default_target: True
     input:
         layout.products(),
@@ -84,19 +81,13 @@ rule all:
 
 
 rule prefetch:
-    """All that needs the network, images too; no stage after it does (docs/cluster.md)."""
+    """Everything that needs the network, images included; later stages need none (docs/cluster.md)."""
     input:
-        f"{RUN}/base.json",
-        f"{RUN}/base",
-        f"{RUN}/corpus.json",
-        f"{RUN}/corpus",
-        expand(f"{RUN}/models/{{name}}.json", name=layout.published),
-        expand(f"{RUN}/models/{{name}}", name=layout.published),
-        [f"{RUN}/trained.json", f"{RUN}/trained"] if FROM_ELSEWHERE else [],
+        layout.downloads(),
 
 
 rule preflight:
-    """Check all that can be checked, line by line, and stop before the first job (docs/cluster.md)."""
+    """Run every check, print one line for each, and start no job (docs/cluster.md)."""
     input:
         rules.all.input,
 

@@ -1,12 +1,12 @@
-"""Take a model that was trained elsewhere in place of training. In: base, RoPE, training.source. Out: as
-from training: the adapter, or all weights.
+"""Use a model that was trained elsewhere, in place of training. In: base, RoPE, training.source. Out: the
+adapter, or all weights, as from training.
 
-The Snakefile includes this rule or that of training. It checks what would be wrong in silence: another
-RoPE, another base, another tokenizer (docs/interoperation.md).
+The Snakefile includes either this rule or train. The stage refuses a model with another RoPE, another base
+or another tokenizer, because such faults raise no error later (docs/interoperation.md).
 """
 
 
-# The hub can be needed, as for the base.
+# It may download from the hub, so it runs where Snakemake runs.
 localrules:
     adopt,
 
@@ -22,7 +22,7 @@ rule adopt:
         f"{RUN}/logs/adopt.log",
     benchmark:
         f"{RUN}/benchmarks/adopt.tsv"
-    retries: 0  # what is refused once is refused again
+    retries: 0  # a second try would be refused too
     resources:
         mem_mb=request("adopt", "mem_mb"),
         runtime=request("adopt", "runtime"),

@@ -1,6 +1,7 @@
-"""One archive to pass on: `snakemake bundle`. In: the seal, and so all that it lists. Out: a tar file.
+"""Pack the run into one archive to pass on: `snakemake bundle`. In: the seal, and so every file that it lists.
+Out: a tar file.
 
-Not part of the chain: nothing else asks for it.
+No other rule asks for it.
 """
 
 

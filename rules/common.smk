@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-# A dry run writes nothing, Python's caches included.
+# A dry run writes nothing, not even Python's caches.
 DRY_RUN = workflow.output_settings.dryrun
 sys.dont_write_bytecode = DRY_RUN
 sys.path.insert(0, str(Path(workflow.current_basedir).parent / "scripts"))
@@ -40,14 +40,14 @@ try:
     if IN_APPTAINER:
         os.environ.update(container_images.environment(config, make=not DRY_RUN))
 except UserError as error:
-    # Snakemake would print a WorkflowError with a part of a traceback.
+    # Snakemake itself would print a WorkflowError with a part of a traceback.
     sys.exit(f"error: {error}")
 
 RUN = layout.run
 IMAGE = container_images.resolve(config, ROOT)
 FROM_ELSEWHERE = bool(config["training"]["source"])
 
-# Where each job runs, for its record. A Snakemake inside a job has the variables of the one that submitted it.
+# What a job records about its workflow and image. A Snakemake inside a job inherits these variables.
 if not DRY_RUN and (workflow.is_main_process or job_record.COMMIT not in os.environ):
     os.environ.update(job_record.variables(ROOT, IMAGE if IN_APPTAINER else None))
 

@@ -1,4 +1,4 @@
-"""Bring the corpus. In: nothing, or local files. Out: documents as JSON Lines in shards, and a manifest."""
+"""Download the corpus. In: nothing, or local files. Out: documents as JSON Lines in shards, and a manifest."""
 
 
 rule download_corpus:

@@ -1,6 +1,6 @@
-"""Bring a model. In: nothing, or a local directory. Out: its files, checked, and a manifest.
+"""Download a model, or link a local one. In: nothing, or a local directory. Out: its checked files and a manifest.
 
-The base, or a published model that it is compared with (evaluation.more_variants).
+The model is the base, or a published model to compare with (evaluation.more_variants).
 """
 
 

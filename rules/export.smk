@@ -1,6 +1,7 @@
-"""The model to publish. In: merged model, its RoPE, report. Out: a directory with a model card, and its manifest.
+"""Make the model directory to publish. In: merged model, its RoPE, report. Out: a directory with a model card, and
+a manifest.
 
-It is made whether or not the gate passes, which the card says; `push` needs the gate.
+The export does not depend on the gate: the card says whether the run passed it. `push` needs the gate.
 """
 
 
@@ -17,7 +18,7 @@ rule export:
         f"{RUN}/logs/export.log",
     benchmark:
         f"{RUN}/benchmarks/export.tsv"
-    priority: 1  # before the gate, which ends a run that it fails
+    priority: 1  # before the gate, because a failed gate ends the run
     resources:
         mem_mb=request("export", "mem_mb"),
         runtime=request("export", "runtime"),

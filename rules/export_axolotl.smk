@@ -1,7 +1,7 @@
-"""Hand the run over to Axolotl: `snakemake export_axolotl`. In: base, RoPE, training sequences.
-Out: a directory that it trains from (docs/interoperation.md).
+"""Prepare the run for training in Axolotl: `snakemake export_axolotl`. In: base, RoPE, training sequences.
+Out: a directory that Axolotl trains from (docs/interoperation.md).
 
-Nothing else asks for it. Of a run in phases it is the last phase.
+No other rule asks for it. In a run with phases it prepares the last phase.
 """
 
 

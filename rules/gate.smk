@@ -1,7 +1,8 @@
-"""The gate: compare with config section `gate`. In: report, merged model. Out: a manifest, or a failure.
+"""Compare the report with the thresholds in config section `gate`. In: report, merged model. Out: a manifest, or a
+failure.
 
-A run that misses a threshold fails. The model stays where it is, and NOT_VERIFIED.txt stands beside it:
-no output of the rule, because Snakemake deletes those of a job that failed.
+A run that misses a threshold fails. Its model stays, with NOT_VERIFIED.txt beside it. That file is not an
+output, because Snakemake deletes the outputs of a failed job.
 """
 
 
@@ -15,7 +16,7 @@ rule gate:
         f"{RUN}/logs/gate.log",
     benchmark:
         f"{RUN}/benchmarks/gate.tsv"
-    retries: 0  # it would find the same again
+    retries: 0  # a second try would find the same
     resources:
         mem_mb=request("gate", "mem_mb"),
         runtime=request("gate", "runtime"),

@@ -1,6 +1,6 @@
-"""Tasks of lm_eval on one variant. In: its weights and RoPE. Out: each task's metrics.
+"""Run tasks of lm_eval on one variant. In: its weights and RoPE. Out: the metrics of each task.
 
-Not part of a run unless evaluation.harness.tasks names some.
+A run has no such job unless evaluation.harness.tasks names tasks.
 """
 
 
@@ -19,7 +19,7 @@ rule harness:
         mem_mb=request("harness", "mem_mb"),
         runtime=request("harness", "runtime"),
         gpu=request("harness", "gpu"),
-        nodes=1,  # SLURM could spread several GPUs over machines
+        nodes=1,  # else SLURM could spread several GPUs over several machines
     params:
         code=code("harness"),
         script=program("harness"),

@@ -1,4 +1,4 @@
-"""Merge what was trained into the base. In: base, RoPE, adapter. Out: a plain model directory."""
+"""Merge the trained weights into the base. In: base, RoPE, adapter. Out: a plain model directory."""
 
 
 rule merge:

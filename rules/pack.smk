@@ -1,4 +1,4 @@
-"""Mix long and short, and pack to full length. In: tokens, RoPE. Out: training sequences."""
+"""Mix long and short documents and pack them to full length. In: tokens, RoPE. Out: training sequences."""
 
 
 rule pack:
@@ -19,7 +19,7 @@ rule pack:
         code=code("pack"),
         script=program("pack"),
         mix=of_phase(options.mix),
-        # With more steps, training goes on with the same sequences.
+        # More steps use the same sequences, so a change must not pack again.
         to_read=unrecorded(
             lambda wildcards: options.tokens_to_read(layout, wildcards.phase)
         ),

@@ -1,4 +1,4 @@
-"""Passkey retrieval of one variant. In: its weights and RoPE. Out: a grid of length and depth."""
+"""Measure the passkey retrieval of one variant. In: its weights and RoPE. Out: a grid of lengths and depths."""
 
 
 rule passkey:
@@ -17,7 +17,7 @@ rule passkey:
         mem_mb=request("passkey", "mem_mb"),
         runtime=request("passkey", "runtime"),
         gpu=request("passkey", "gpu"),
-        nodes=1,  # SLURM could spread several GPUs over machines
+        nodes=1,  # else SLURM could spread several GPUs over several machines
     params:
         code=code("passkey"),
         script=program("passkey"),

@@ -1,4 +1,4 @@
-"""Work out and check the RoPE of one variant. In: the base model. Out: its settings, a config.json."""
+"""Compute and check the RoPE of one variant. In: a model. Out: the RoPE settings and a config.json."""
 
 
 rule patch_rope:

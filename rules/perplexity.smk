@@ -1,4 +1,4 @@
-"""Perplexity of one variant. In: its weights and RoPE, the held-out tokens. Out: figures."""
+"""Measure the perplexity of one variant. In: its weights and RoPE, the held-out tokens. Out: perplexities."""
 
 
 rule perplexity:
@@ -17,7 +17,7 @@ rule perplexity:
         mem_mb=request("perplexity", "mem_mb"),
         runtime=request("perplexity", "runtime"),
         gpu=request("perplexity", "gpu"),
-        nodes=1,  # SLURM could spread several GPUs over machines
+        nodes=1,  # else SLURM could spread several GPUs over several machines
     params:
         code=code("perplexity"),
         script=program("perplexity"),

@@ -1,6 +1,6 @@
-"""What the run would cost: `make plan`. In: the config alone. Out: a table, and an error if it cannot fit.
+"""Estimate what the run costs: `make plan`. In: only the configuration. Out: a table, or an error if it cannot fit.
 
-Not part of the chain: nothing else asks for it. It needs Snakemake, which the image does not have.
+No other rule asks for it. It needs Snakemake, which the image does not have.
 """
 
 

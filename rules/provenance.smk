@@ -1,7 +1,7 @@
-"""Seal the run. In: all that it is asked for. Out: its manifest and SHA256SUMS.
+"""Seal the run. In: everything that a run is asked for. Out: a manifest and SHA256SUMS.
 
-The configuration, the workflow and the record lie beside them and are no outputs: Snakemake deletes those of
-a job that failed, and of the configuration there may be no other copy.
+The stage also writes the configuration, a copy of the workflow and the record of all jobs. They are not
+outputs, because Snakemake deletes the outputs of a failed job, and there may be no other copy of them.
 """
 
 
@@ -17,7 +17,7 @@ rule provenance:
         f"{RUN}/logs/provenance.log",
     benchmark:
         f"{RUN}/benchmarks/provenance.tsv"
-    retries: 0  # what does not match once does not match again
+    retries: 0  # a file that does not match its manifest will not match later
     resources:
         mem_mb=request("provenance", "mem_mb"),
         runtime=request("provenance", "runtime"),

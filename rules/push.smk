@@ -1,4 +1,7 @@
-"""The exported model to the hub. In: export, gate. Out: a manifest with the commit. A target of its own."""
+"""Push the exported model to the hub: `snakemake push`. In: export, gate. Out: a manifest with the commit.
+
+No other rule asks for it.
+"""
 
 
 rule push:
@@ -11,7 +14,7 @@ rule push:
         f"{RUN}/logs/push.log",
     benchmark:
         f"{RUN}/benchmarks/push.tsv"
-    retries: 0  # who is refused once is refused again
+    retries: 0  # a second try would be refused too
     resources:
         mem_mb=request("push", "mem_mb"),
         runtime=request("push", "runtime"),

@@ -1,4 +1,4 @@
-"""The report. In: every stage's manifest. Out: a page to read, the same figures as JSON and PNG."""
+"""Write the report. In: the manifest of every stage. Out: an HTML page, and its figures as JSON and PNG."""
 
 ROPES, MODELS, PHASES = (
     layout.reported_ropes(),

@@ -1,7 +1,8 @@
-"""The sweep: `snakemake sweep`. In: what training and evaluation found in each cell. Out: table, figure.
+"""Compare the cells of a sweep: `snakemake sweep`. In: the trained model and its evaluation in each cell.
+Out: a table and a figure.
 
-A cell is the configuration with changes (config section `sweep`). What does not differ between cells is
-computed once: `owner` in common.smk tells where it lies. Nothing else asks for it.
+A cell is the configuration with some values changed (config section `sweep`). Cells with equal RoPE settings
+or training sequences share them: `Layout.holder` says where they lie. No other rule asks for a sweep.
 """
 
 
@@ -13,12 +14,8 @@ rule sweep:
         passkey=expand(f"{RUN}/{{cell}}passkey/trained.json", cell=layout.cells),
     output:
         json=f"{RUN}/sweep.json",
-        page=report(
-            f"{RUN}/sweep.md", category="Sweep", caption="captions/sweep.rst"
-        ),
-        png=report(
-            f"{RUN}/sweep.png", category="Sweep", caption="captions/sweep.rst"
-        ),
+        page=report(f"{RUN}/sweep.md", category="Sweep", caption="captions/sweep.rst"),
+        png=report(f"{RUN}/sweep.png", category="Sweep", caption="captions/sweep.rst"),
         svg=f"{RUN}/sweep.svg",
     log:
         f"{RUN}/logs/sweep.log",

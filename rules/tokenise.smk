@@ -1,6 +1,6 @@
-"""Turn documents into tokens and keep the held-out ones apart. In: base, corpus. Out: tokens.
+"""Turn documents into tokens and set the held-out ones apart. In: base, corpus. Out: tokens.
 
-Parts that are finished lie in the work directory until all are, so a job that was stopped goes on.
+Finished parts lie in the work directory until all are done, so a job that was stopped continues there.
 """
 
 CHAT_TEMPLATE = config["corpus"]["chat_template"]
@@ -9,8 +9,12 @@ CHAT_TEMPLATE = config["corpus"]["chat_template"]
 rule tokenise:
     input:
         **results(base=f"{RUN}/base", corpus=f"{RUN}/corpus"),
-        # An edited template tokenises again.
-        template=str(from_here(chat_templates.path_of(CHAT_TEMPLATE))) if CHAT_TEMPLATE else [],
+        # an input, so that an edited template runs this stage again
+        template=(
+            str(from_here(chat_templates.path_of(CHAT_TEMPLATE)))
+            if CHAT_TEMPLATE
+            else []
+        ),
     output:
         manifest=f"{RUN}/tokens.json",
         payload=directory(f"{RUN}/tokens"),

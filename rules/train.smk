@@ -1,6 +1,6 @@
 """Continued pre-training. In: base, RoPE, training sequences. Out: the adapter, or all weights.
 
-An evaluation that cannot be done is refused first, before hours of training. Checkpoints lie in a work
+The job first refuses an evaluation that will not be possible, before it trains for hours. Checkpoints lie in a work
 directory, whose name is the hash of what defines the run. They are not outputs, because Snakemake deletes
 outputs before a job, and a job that was stopped resumes from its last checkpoint. On several machines the
 rule has no container of its own, because the image has no srun: the rule calls srun, and Apptainer inside.

@@ -36,6 +36,9 @@ def test_the_run_itself():
     assert made.rope_of("step-20") == made.rope_of("trained") == f"{RUN}/rope/yarn"
     assert made.rope_of("ntk") == f"{RUN}/rope/ntk"
     assert f"{RUN}/verified.json" in made.products()
+    assert made.downloads() == [
+        f"{RUN}/{name}" for name in ("base.json", "base", "corpus.json", "corpus")
+    ]
     assert made.reported_phases() == made.reported_models() == made.evaluations("harness") == {}
     assert made.evaluations("passkey")["base"] == f"{RUN}/passkey/base"
 
@@ -88,6 +91,7 @@ def test_variants_with_weights_of_their_own(tmp_path, monkeypatch):
         "theirs": f"{RUN}/models/theirs",
     }
     assert made.source_of("theirs")["source"] == "a/b"
+    assert f"{RUN}/models/theirs" in made.downloads()
     assert made.source_of()["source"] == DEFAULT["model"]["source"]
 
 

@@ -123,6 +123,13 @@ class Layout:
         names = ("report.html", "merged.json", "merged", "export.json", "export", "verified.json")
         return [f"{self.run}/{name}" for name in names]
 
+    def downloads(self) -> list[str]:
+        """Return the manifests and payloads of everything that comes from the network."""
+        stems = ["base", "corpus", *(f"models/{name}" for name in self.published)]
+        if self.config["training"]["source"]:
+            stems.append("trained")
+        return [f"{self.run}/{stem}{ending}" for stem in stems for ending in (".json", "")]
+
     def reported_ropes(self) -> dict[str, str]:
         """Return the stem of each RoPE that the report shows, by variant."""
         shown = {"base", trained_rope(self.config), *self.variants} - {"trained"}
