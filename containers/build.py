@@ -1,7 +1,10 @@
-"""Build an image of ours: push it and record its digest, or make one .sif file of it.
+"""Build an image of the workflow: push it and record its digest, or write it to one .sif file.
 
-`make image IMAGE=cpu REGISTRY=registry.example.org/team` and `make sif IMAGE=cpu` run this. pip's own
-settings (mirrors, directories of wheels, certificates) hold inside the build and stay out of the image.
+    make image IMAGE=cpu REGISTRY=registry.example.org/team
+    make sif IMAGE=cpu
+
+pip's settings on this machine (mirrors, directories of wheels, certificates) apply inside the build, and
+are not stored in the image.
 """
 
 import argparse
@@ -34,7 +37,7 @@ def main() -> None:
     parser.add_argument("form", choices=["push", "sif"], help="push to a registry, or one file")
     parser.add_argument("--image", choices=list(container_images.LOCKS), required=True)
     parser.add_argument("--registry", default="", help="where to push, such as ghcr.io/team")
-    parser.add_argument("--base", help="another base than the Dockerfile's, as name@sha256:…")
+    parser.add_argument("--base", help="base to use instead of the Dockerfile's, as name@sha256:…")
     parser.add_argument("--torch-index-url", default="", help="another index to find torch in")
     parser.add_argument("--config", type=Path, nargs="*", default=[], help="config files")
     arguments = parser.parse_args()
@@ -48,10 +51,10 @@ def main() -> None:
 
 @contextlib.contextmanager
 def pip_for_the_build(torch_index_url: str) -> Iterator[dict[Path, str]]:
-    """Yield what to bind at /mnt for the build: {path here: path inside}; empty without settings.
+    """Yield what to bind below /mnt during the build, as {path here: path inside}.
 
-    That is a pip.conf with pip's settings here, in which every file and directory of this machine is
-    renamed to where it is bound. /mnt is in every base, so that no empty directory stays behind.
+    It is a pip.conf with the pip settings of this machine, and the files and directories that they name.
+    In the pip.conf those have their paths inside. Every base has /mnt, so no empty directory stays behind.
     """
     settings = pip_settings()
     if torch_index_url:
@@ -104,7 +107,7 @@ def push(image: str, registry: str, base: str | None, binds: dict[Path, str]) ->
 
 
 def record(image: str, address: str, recipe: str) -> None:
-    """Write the pushed image into containers/images.yaml, its comment kept."""
+    """Write the pushed image into containers/images.yaml, and keep its comment."""
     text = RECORD.read_text(encoding="utf-8")
     entries = yaml.safe_load(text) | {image: {"image": address, "recipe": recipe}}
     comment = "".join(re.findall(r"^#.*\n", text, re.M))
@@ -127,14 +130,14 @@ def build_sif(image: str, configs: list[Path], binds: dict[Path, str]) -> None:
 
 
 def run(command: list[str]) -> None:
-    """Run a builder, or stop with one sentence below its own words."""
+    """Run a builder; if it fails, stop with one sentence after its own output."""
     try:
         done = subprocess.run(command)
     except FileNotFoundError:
         raise UserError(f"{command[0]} is not on the path; install it") from None
     if done.returncode:
         raise UserError(
-            f"`{command[0]} {command[1]}` failed; mend what it says above and run again"
+            f"`{command[0]} {command[1]}` failed; fix what it reports above and run it again"
         )
 
 

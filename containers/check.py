@@ -1,10 +1,10 @@
-"""Say what of an image works on this machine, and what nobody has seen work until a GPU is there.
+"""Check what an image needs to train on GPUs.
 
-Run it inside the image, on the kind of machine that will train:
+Run it inside the image, on a machine like the one that will train:
 
     apptainer exec --nv IMAGE python containers/check.py
 
-Exit code 1 if something is there that does not work; what cannot be tried here is `unproved`.
+A check that cannot run on this machine is `unproved`. The exit code is 1 if a check fails.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import torch
 
 
 class Unproved(Exception):
-    """What cannot be tried here; the message says why."""
+    """A check that cannot run on this machine; the message says why."""
 
 
 def main() -> None:
-    """Print a line a check: ok, unproved or error."""
+    """Print one line for each check: ok, unproved or error."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     failed = False
     for check in (torch_sees_the_gpus, flash_attention, deepspeed_compiles, gpus_talk):

@@ -213,7 +213,7 @@ def test_an_image_of_the_users_is_taken_as_it_is(tree):
     assert container_images.missing(config_of(address), tree) is None
     assert container_images.resolve(config_of("mine.sif"), tree) == "mine.sif"
     assert container_images.missing(config_of("mine.sif"), tree) == (
-        "container.image mine.sif is missing; build it or mend the path"
+        "container.image mine.sif is missing; build it or fix the path"
     )
 
 

@@ -293,6 +293,9 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(finished_copy):
         "default", "training.learning_rate=0.0005", "training.learning_rate=0.002",
     ]  # fmt: skip
     assert all(cell["train_seconds"] > 0 for cell in found["cells"].values())
+    finished_copy.run([*command[:3], "--report", "sweep.html", *command[5:]])
+    page = (finished_copy.directory / "sweep.html").read_text()
+    assert all(f"results/tests/sweep.{ending}" in page for ending in ("md", "png"))
     # The sealed run does not include the sweep; when it is sealed again, it does.
     assert verify.findings(Run(made)) == []
     finished_copy.snakemake(overrides=overrides)

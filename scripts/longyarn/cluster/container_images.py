@@ -64,12 +64,12 @@ def resolve(config: dict, root: Path) -> str:
 
 
 def missing(config: dict, root: Path) -> str | None:
-    """Return one sentence if the image is a file that is not there, with the mend; else None."""
+    """Return one sentence if the image is a missing file, with the fix; else None."""
     image, resolved = config["container"]["image"], resolve(config, root)
     if resolved.startswith("docker://") or Path(resolved).exists():
         return None
     if image not in LOCKS:
-        return f"container.image {image} is missing; build it or mend the path"
+        return f"container.image {image} is missing; build it or fix the path"
     return (
         f"the image {image} of this tree's lock files is neither in containers/images.yaml nor at "
         f"{resolved}; run `make sif IMAGE={image}`"

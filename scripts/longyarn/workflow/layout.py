@@ -10,6 +10,7 @@ from pathlib import Path
 from longyarn.config import sweep_cells, variants
 from longyarn.config.phases import parts, phases
 from longyarn.core.files import ROOT, from_here, located, read_json
+from longyarn.stages import PATCH_ROPE
 
 
 def workflow_file(name: str) -> str:
@@ -81,7 +82,7 @@ class Layout:
     def rope(self, phase: str = "") -> str:
         """Return the stem of the RoPE that a phase or cell trains with."""
         variant = trained_rope(self.configuration(phase))
-        return f"{self.run}/{self.holder(phase, 'patch_rope')}rope/{variant}"
+        return f"{self.run}/{self.holder(phase, PATCH_ROPE.name)}rope/{variant}"
 
     def pack(self, phase: str = "") -> str:
         """Return the stem of the training sequences of a phase or cell."""
