@@ -66,7 +66,7 @@ CASES = [
     ("qwen2.5-7b", {"target_length": 262144}, 2),
     ("qwen3-8b", {"target_length": 163840}, 4),
     ("phi-3-mini-4k", {"target_length": 32768}, "within a sliding window of 2047"),
-    ("phi-3-mini-4k", {"target_length": 32768} | FULL, "take no RoPE of type 'yarn'"),
+    ("phi-3-mini-4k", {"target_length": 32768} | FULL, "accepts no RoPE of type 'yarn'"),
     ("phi-3-mini-4k", {"target_length": 32768, "method": "linear"} | FULL, "of type 'linear'"),
     ("phi-3-mini-4k", {"target_length": 32768, "method": "ntk"} | FULL, 8),
     ("phi-3.5-mini", {"target_length": 262144}, "change with the length of the input"),
@@ -342,14 +342,17 @@ def test_the_replaced_scaling_is_said_and_kept(tmp_path):
     own = published("llama-3.1-8b")["rope_scaling"] | {"rope_theta": 500000.0}
     assert facts["replaced"] == own
     assert "yarn replaces the model's own RoPE scaling" in said
-    assert "training has them to undo" in said
+    assert "training must undo them as well" in said
 
 
 def test_another_start_than_the_scalings_own(tmp_path):
     settings = LLAMA_3_1 | {"original_max_position_embeddings": 131072}
     facts, said = outcome("llama-3.1-8b", yarn(settings), tmp_path / "run")
     assert facts is None
-    assert "131072 is not the length 8192 that the model's own scaling of type 'llama3'" in said
+    assert (
+        "131072 is not the length 8192 where the model's own scaling of type 'llama3' starts"
+        in said
+    )
 
 
 # Small models of two families, built and run.
