@@ -7,6 +7,7 @@ the training process's largest resident set. The memory of Python and the librar
 tiny model and subtracted. Without names it runs all cases; tests/test_estimate.py runs the quick ones.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -171,12 +172,19 @@ def run(command: list, see=lambda line: None) -> int:
 
 def main() -> None:
     """Print each case's peaks and their estimates in MiB, without the libraries."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "case", nargs="*", help=f"one of {', '.join(list(CASES)[1:])}; default: all"
+    )
+    cases = parser.parse_args().case or list(CASES)[1:]
+    if unknown := set(cases) - CASES.keys():
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(CASES)}")
     base = libraries()
     print(f"libraries {base / 2**20:.0f} MiB")
     print(
         f"{'case':22}{'steps':>10}{'estimate':>10}{'ratio':>8}{'all':>10}{'estimate':>10}{'ratio':>8}"
     )
-    for case in sys.argv[1:] or list(CASES)[1:]:
+    for case in cases:
         pairs = zip(measured(case), estimated(case), strict=True)
         columns = [
             f"{(own - base) / 2**20:10.0f}{guess / 2**20:10.0f}{guess / (own - base):8.2f}"

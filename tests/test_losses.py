@@ -145,7 +145,7 @@ def test_a_head_that_is_not_the_changed_one_is_an_error():
         chunked(**batch())
 
 
-def test_with_no_label_at_all_the_loss_is_nought():
+def test_with_no_label_at_all_the_loss_is_zero():
     _, chunked = pair()
     loss = chunked(**batch(ignored=0) | {"labels": torch.full((2, 24), -100)}).loss
     assert float(loss) == 0
