@@ -159,10 +159,8 @@ def parsed(line: bytes, encoding: str) -> object:
         return json.loads(line.decode(encoding).removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         return BadRecord(f"is not {encoding} ({first_line(error)})")
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError also for a number with too many digits
+    # A number with too many digits raises a plain ValueError.
+    except (ValueError, RecursionError) as error:
         return BadRecord(f"is not JSON ({first_line(error)})")
 
 

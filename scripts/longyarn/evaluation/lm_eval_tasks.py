@@ -97,12 +97,11 @@ def evaluate(model, tokenizer, directory: Path, settings: Settings) -> dict[str,
     for length in settings.lengths if ruler else []:
         try:
             at_length = results(lm, directory, ruler, settings, length)
-        except (
-            ZeroDivisionError
-        ):  # lm_eval divides by the number of answers, and an example has none
+        # lm_eval divides by an example's number of answers, which is 0 in too short prompts.
+        except ZeroDivisionError:
             raise UserError(
-                f"evaluation.harness.lengths has {length}, too short for the words that {', '.join(ruler)} "
-                "would have the model find, with this tokenizer; RULER's own lengths begin at 4096"
+                f"evaluation.harness.lengths has {length}, too short for the prompts of {', '.join(ruler)} "
+                "with this tokenizer; raise it (RULER's own lengths begin at 4096)"
             ) from None
         for task, entry in at_length.items():
             found.setdefault(task, entry)["metrics"] |= entry["metrics"]

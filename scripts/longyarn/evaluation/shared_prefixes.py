@@ -7,9 +7,8 @@ prompt can reuse them up to the first token where it differs from the prompt rea
 import copy
 import itertools
 
-PIECE = (
-    512  # tokens of each prompt in a forward pass; their mask has a column for every earlier token
-)
+# Tokens of each prompt in a forward pass. The mask has a column for every earlier token.
+PIECE = 512
 
 
 class Reader:
