@@ -1,8 +1,8 @@
 """Take the weights of one step out of a training checkpoint, even while the training still runs.
 
-    python scripts/checkpoint.py --step 50 --settings '{"mode": "lora", …}' --code b64d6a7e2f9c1350 \
-        --base results/micro/base.json --rope results/micro/rope/yarn.json \
-        --pack results/micro/pack.json --work work --trained results/micro/trained.json \
+    python scripts/checkpoint.py --step 50 --settings '{"mode": "lora", …}' --code b64d6a7e2f9c1350 \\
+        --base results/micro/base.json --rope results/micro/rope/yarn.json \\
+        --pack results/micro/pack.json --work work --trained results/micro/trained.json \\
         --manifest results/micro/step-50/trained.json --output results/micro/step-50/trained
 
 The result has the form of a finished training, so it can be merged and evaluated like one. --settings and
@@ -20,7 +20,9 @@ from longyarn.training import identity
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     identity.add_arguments(parser)
     identity.add_work_argument(parser)
     parser.add_argument("--code", required=True, help="hash of the code of the stage train")

@@ -20,7 +20,9 @@ QUIET = 3600  # seconds without a write after which no attempt can still be runn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path("work"), help="config key paths.work")
     parser.add_argument("--delete", action="store_true", help="delete the old ones")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """Export a run to Axolotl: the patched model, the packed sequences and the same settings.
 
-    python scripts/export_axolotl.py --settings '{"mode": "lora", …}' \
-        --base results/micro/base.json --rope results/micro/rope/yarn.json \
-        --pack results/micro/pack.json --manifest results/micro/axolotl.json \
+    python scripts/export_axolotl.py --settings '{"mode": "lora", …}' \\
+        --base results/micro/base.json --rope results/micro/rope/yarn.json \\
+        --pack results/micro/pack.json --manifest results/micro/axolotl.json \\
         --output results/micro/axolotl
 
 With document masks, a row of the data set is one piece of a document. Axolotl packs the rows in order, and
@@ -33,7 +33,9 @@ HEAD = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     identity.add_arguments(parser)
     arguments = parser.parse_args()
     inputs = Inputs.read(arguments)

@@ -1,8 +1,8 @@
 """Export a run to LLaMA-Factory: the patched model, the packed sequences and the same settings.
 
-    python scripts/export_llamafactory.py --settings '{"mode": "lora", …}' \
-        --base results/micro/base.json --rope results/micro/rope/yarn.json \
-        --pack results/micro/pack.json --manifest results/micro/llamafactory.json \
+    python scripts/export_llamafactory.py --settings '{"mode": "lora", …}' \\
+        --base results/micro/base.json --rope results/micro/rope/yarn.json \\
+        --pack results/micro/pack.json --manifest results/micro/llamafactory.json \\
         --output results/micro/llamafactory
 
 The exported run trains as LLaMA-Factory's stage `sft`, because its stage `pt` makes the labels itself and
@@ -36,7 +36,9 @@ HEAD = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     identity.add_arguments(parser)
     arguments = parser.parse_args()
     inputs = Inputs.read(arguments)

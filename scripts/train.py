@@ -1,9 +1,9 @@
 """Continue pre-training on the packed sequences, with transformers' Trainer on DeepSpeed.
 
-    python scripts/launch.py 1 --nproc-per-node 1 scripts/train.py --settings '{"mode": "lora", …}' \
-        --base results/micro/base.json --rope results/micro/rope/yarn.json \
-        --pack results/micro/pack.json --tokens results/micro/tokens.json --work work \
-        --metrics results/micro/logs/train.metrics.jsonl --manifest results/micro/trained.json \
+    python scripts/launch.py 1 --nproc-per-node 1 scripts/train.py --settings '{"mode": "lora", …}' \\
+        --base results/micro/base.json --rope results/micro/rope/yarn.json \\
+        --pack results/micro/pack.json --tokens results/micro/tokens.json --work work \\
+        --metrics results/micro/logs/train.metrics.jsonl --manifest results/micro/trained.json \\
         --output results/micro/trained
 
 --settings is the whole config section `training` as JSON (`snakemake -p` prints it). scripts/launch.py
@@ -67,7 +67,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     identity.add_arguments(parser)
     identity.add_work_argument(parser)
     parser.add_argument("--tokens", type=Path, help="manifest of the tokens, for held-out losses")
