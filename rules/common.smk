@@ -9,7 +9,8 @@ DRY_RUN = workflow.output_settings.dryrun
 sys.dont_write_bytecode = DRY_RUN
 sys.path.insert(0, str(Path(workflow.current_basedir).parent / "scripts"))
 
-from longyarn.cluster import container_images, job_resources, preflight
+from longyarn.cluster import container_images, hardware, job_resources, preflight
+from longyarn.cluster.preflight_run import of_workflow
 from longyarn.config import sweep_cells, variants
 from longyarn.config.load import complete
 from longyarn.core import job_record
@@ -35,7 +36,7 @@ IN_APPTAINER = (
 )
 try:
     config = complete(config, ROOT / "schemas" / "config.schema.yaml")
-    job_resources.check(config)
+    hardware.check(config)
     layout = Layout(config)
     if IN_APPTAINER:
         os.environ.update(container_images.environment(config, make=not DRY_RUN))
@@ -113,7 +114,7 @@ def variant_inputs(wildcards):
 def look_before_the_first_job():
     """Stop with a sentence if something is wrong that would otherwise show late, or in the queue."""
     if workflow.is_main_process and not workflow.touch:
-        preflight.look(preflight.of_workflow(workflow, config))
+        preflight.look(of_workflow(workflow, config))
 
 
 if workflow.is_main_process:

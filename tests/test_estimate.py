@@ -16,7 +16,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory
 
-from longyarn.cluster import estimate, job_resources, model_shapes
+from longyarn.cluster import estimate, hardware, job_resources, model_shapes
 from longyarn.config.load import complete
 from longyarn.core.errors import UserError
 from longyarn.evaluation.window_losses import LOGITS_AT_ONCE
@@ -165,7 +165,7 @@ def gib(name: str, **setup) -> float:
 
 
 def room(name: str) -> float:
-    return job_resources.known_gpus()[name]["gib"]
+    return hardware.known_gpus()[name]["gib"]
 
 
 def test_alst_llama_8b_on_one_h100():

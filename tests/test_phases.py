@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from test_config import DEFAULT, SCHEMA_PATH, changed, refusal
 
 import verify
-from longyarn.cluster import job_resources
+from longyarn.cluster import hardware
 from longyarn.config.load import complete
 from longyarn.config.phases import phases
 from longyarn.core import manifest
@@ -90,7 +90,7 @@ def test_a_phase_s_hardware_is_checked_too():
     phase = {"training": {"attention": "flash_attention_2", "precision": "bf16"}}
     made = complete(changed(DEFAULT, "phases", [phase]), SCHEMA_PATH)
     with pytest.raises(UserError, match=r"in phase-1 of .* but training\.gpus is 0"):
-        job_resources.check(made)
+        hardware.check(made)
 
 
 def test_sequences_can_be_shorter_than_the_target(finished_copy):

@@ -11,8 +11,7 @@ import yaml
 from conftest import ROOT
 from stages import one_sentence
 
-import plan
-from longyarn.cluster import job_resources
+from longyarn.cluster import hardware, plan_advice, plan_table, slurm_requests
 from longyarn.config.layers import layered
 from longyarn.config.load import complete
 from longyarn.core.errors import UserError
@@ -65,9 +64,9 @@ def configuration(overrides: dict) -> dict:
 @needs_plugin
 def test_the_committed_table_is_what_snakemake_would_submit(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert (ROOT / "docs/requests.md").read_text() == plan.document(plan.DEFAULT_PROFILE), (
-        "run `python scripts/plan.py --document > docs/requests.md`"
-    )
+    assert (ROOT / "docs/requests.md").read_text() == slurm_requests.document(
+        slurm_requests.DEFAULT_PROFILE
+    ), "run `python scripts/plan.py --document > docs/requests.md`"
 
 
 @needs_plugin
@@ -80,7 +79,7 @@ def test_overrides_of_the_profile_count(tmp_path, monkeypatch):
     profile["set-resources"] = {"train": {"runtime": 77, "mem_mb": 123456}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(profile))
     config = layered(ROOT / "presets/llama2-7b-32k.yaml")
-    train = dict(plan.submissions(config, tmp_path))["train"]
+    train = dict(slurm_requests.submissions(config, tmp_path))["train"]
     for part in ("-A mine", "-p long", "-t 77", "--mem 123456", "--gpus=a100:8"):
         assert part in train
 
@@ -133,11 +132,11 @@ def test_a_broken_config_file_is_one_sentence_in_the_plan_and_in_an_image(tmp_pa
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid_fit_and_say_what_they_are(preset):
     config = layered(preset)
-    plan.check_fit(config)
+    plan_advice.check_fit(config)
     assert config["run"] == preset.stem
     assert "NEVER RUN ON A GPU BY US" in preset.read_text()
     for part in ("tokens", "most at once", "train", "checkpoints"):
-        assert part in plan.costs(config)
+        assert part in plan_table.costs(config)
 
 
 def leaves(value: dict, prefix: str = ""):
@@ -280,11 +279,11 @@ def test_flash_attention_needs_a_gpu_that_has_it(section, gpu, gpus, precision, 
     flash = {"precision": precision, "attention": "flash_attention_2"}
     config = configuration(overrides | {section: overrides.get(section, {}) | flash})
     if reason is None:
-        job_resources.check(config)
+        hardware.check(config)
         return
     reason = rf"^{section}\.attention flash_attention_2 needs .* but {reason.format(section)};"
     with pytest.raises(UserError, match=reason):
-        job_resources.check(config)
+        hardware.check(config)
 
 
 def test_a_local_model_with_broken_sizes_is_one_sentence(workspace):
@@ -310,24 +309,24 @@ def test_advice_of_a_shorter_context_takes_longer_lengths_along():
     overrides["evaluation"]["passkey"] = {"lengths": [65536]}
     config = configuration(overrides)
     with pytest.raises(UserError) as refusal:
-        plan.check_fit(config)
+        plan_advice.check_fit(config)
     assert str(refusal.value).endswith(
         "rope.target_length 262144, rope.factor null, "
         "evaluation.perplexity.lengths [4096, 32768, 262144], "
         "evaluation.perplexity.truncate.lengths [262144], "
         "evaluation.perplexity.sliding.lengths [262144]"
     )
-    mended = plan.shortened(config, 262144)
-    assert plan.apply(config, [mended])["evaluation"]["perplexity"]["lengths"][2] == 262144
-    assert plan.apply(config, [{"rope.target_length": 262144}]) is None
+    mended = plan_advice.shortened(config, 262144)
+    assert plan_advice.apply(config, [mended])["evaluation"]["perplexity"]["lengths"][2] == 262144
+    assert plan_advice.apply(config, [{"rope.target_length": 262144}]) is None
 
 
 def test_advice_is_no_setting_that_a_run_refuses():
     """From fp16 on an A10: a V100 is larger, but has no FlashAttention."""
     config = configuration(llama("llama-2-7b", precision="fp16") | {"hardware": {"gpu": "a10"}})
-    assert {"hardware.gpu": "v100-32gb"} in plan.remedies(config)
-    assert plan.apply(config, [{"hardware.gpu": "v100-32gb"}]) is None
-    assert "v100" not in plan.advice(config)
+    assert {"hardware.gpu": "v100-32gb"} in plan_advice.remedies(config)
+    assert plan_advice.apply(config, [{"hardware.gpu": "v100-32gb"}]) is None
+    assert "v100" not in plan_advice.advice(config)
 
 
 REFUSED = {
@@ -370,13 +369,13 @@ def test_what_cannot_fit_is_refused_and_the_advice_fits(workspace, case):
     assert said.rpartition(" with ")[2] == ", ".join(changes), said
     stated = (change.split(" ") for change in changes)
     mend = {key: yaml.safe_load(value) for key, value in stated}
-    plan.check_fit(plan.apply(configuration(overrides), [mend]))
+    plan_advice.check_fit(plan_advice.apply(configuration(overrides), [mend]))
 
 
 def test_where_nothing_helps_it_says_so():
     config = configuration(llama("llama-2-70b", length=2**26, batch_size=1))
     with pytest.raises(UserError, match="nothing in the config makes it fit"):
-        plan.check_fit(config)
+        plan_advice.check_fit(config)
 
 
 def test_an_evaluation_that_cannot_fit_is_refused():
@@ -384,4 +383,4 @@ def test_an_evaluation_that_cannot_fit_is_refused():
     config["evaluation"]["attention"] = "eager"
     config["evaluation"]["passkey"]["lengths"] = [32768]
     with pytest.raises(UserError, match=r"evaluation needs .*evaluation\.attention"):
-        plan.check_fit(config)
+        plan_advice.check_fit(config)

@@ -19,7 +19,7 @@ import yaml
 from conftest import ROOT, Workspace
 from stages import MICRO_BASE, small_disk
 
-from longyarn.cluster import preflight
+from longyarn.cluster import preflight, preflight_local, preflight_run, preflight_slurm
 from longyarn.config.load import complete
 from longyarn.core.errors import UserError
 
@@ -166,7 +166,7 @@ def config_of(**sections: dict) -> dict:
     return config | {name: config[name] | changes for name, changes in sections.items()}
 
 
-def a_run(**changes) -> preflight.Run:
+def a_run(**changes) -> preflight_run.Run:
     """A run of one job that asks for two GPUs."""
     job = SimpleNamespace(
         rule=SimpleNamespace(name="train"),
@@ -184,7 +184,7 @@ def a_run(**changes) -> preflight.Run:
         "cores": 2,
         "unknown_rules": [],
     }
-    return preflight.Run(**given | changes)
+    return preflight_run.Run(**given | changes)
 
 
 TWO_GPUS = (
@@ -197,7 +197,7 @@ def test_gpus_in_the_image_for_the_cpu(tmp_path):
     job = a_run().jobs[0]
     job.container_img_path = tmp_path
     with pytest.raises(UserError, match=r"container\.image cpu cannot use GPUs, and"):
-        preflight.image(a_run(jobs=[job]))
+        preflight_local.image(a_run(jobs=[job]))
 
 
 def test_a_task_that_lm_eval_does_not_have():
@@ -207,10 +207,10 @@ def test_a_task_that_lm_eval_does_not_have():
     with pytest.raises(
         UserError, match=r"evaluation\.harness\.tasks has 'helaswag', which lm_eval"
     ):
-        preflight.lm_eval(run)
+        preflight_local.lm_eval(run)
     run.jobs[0].container_img_path = "image.sif"
-    with pytest.raises(preflight.NotChecked, match="the tasks run in the image"):
-        preflight.lm_eval(run)
+    with pytest.raises(preflight_run.NotChecked, match="the tasks run in the image"):
+        preflight_local.lm_eval(run)
 
 
 def test_lm_eval_is_not_installed(monkeypatch):
@@ -218,7 +218,7 @@ def test_lm_eval_is_not_installed(monkeypatch):
     run = a_run(config=config_of(evaluation={"harness": {"tasks": ["hellaswag"]}}))
     run.jobs[0].rule.name = "harness"
     with pytest.raises(UserError, match="which is not installed; run `make setup-harness`"):
-        preflight.lm_eval(run)
+        preflight_local.lm_eval(run)
 
 
 def test_no_cores():
@@ -241,26 +241,26 @@ def test_a_model_that_is_not_there(workspace):
 def test_gpus_that_are_there(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     program(tmp_path, "nvidia-smi", TWO_GPUS, monkeypatch)
-    assert preflight.gpus(a_run()) == "2 × NVIDIA A100-SXM4-80GB"
+    assert preflight_local.gpus(a_run()) == "2 × NVIDIA A100-SXM4-80GB"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with pytest.raises(
         UserError, match=r"train asks for 2 GPUs.*shows 1 \(CUDA_VISIBLE_DEVICES is '1'"
     ):
-        preflight.gpus(a_run())
+        preflight_local.gpus(a_run())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(UserError, match="add --resources gpu=2"):
-        preflight.gpus(a_run(gpus=None))
+        preflight_local.gpus(a_run(gpus=None))
     # With --resources gpu=1 Snakemake lowers the request in silence; training starts two processes.
     lowered = a_run(gpus=1)
     lowered.jobs[0].resources["gpu"] = 1
     with pytest.raises(UserError, match="add --resources gpu=2"):
-        preflight.gpus(lowered)
+        preflight_local.gpus(lowered)
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs NVIDIA's driver")
 def test_gpus_of_this_machine():
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    assert preflight.gpus(a_run(gpus=9)).startswith(f"{len(listed.splitlines())} × NVIDIA")
+    assert preflight_local.gpus(a_run(gpus=9)).startswith(f"{len(listed.splitlines())} × NVIDIA")
 
 
 def test_an_image_that_is_missing(tmp_path):
@@ -268,9 +268,9 @@ def test_an_image_that_is_missing(tmp_path):
     run = a_run(config=config_of(container={"image": str(image)}))
     run.jobs[0].container_img_path = str(image)
     with pytest.raises(UserError, match=r"image\.sif is missing; build it or mend the path"):
-        preflight.image(run)
+        preflight_local.image(run)
     image.touch()
-    assert preflight.image(run) == str(image)
+    assert preflight_local.image(run) == str(image)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_an_image_that_is_missing(tmp_path):
     ],
 )
 def test_slurms_way_to_write_a_time(limit, minutes):
-    assert preflight.minutes_of(limit) == minutes
+    assert preflight_slurm.minutes_of(limit) == minutes
 
 
 # With a real SLURM. Nothing is ever submitted.
