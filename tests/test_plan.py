@@ -223,7 +223,7 @@ def test_five_lines_are_a_complete_configuration_with_nothing_of_config_yaml(min
     done = mine.run(["snakemake", "-n", "--configfile", "mine.yaml"])
     assert "rule train:" in done.stdout and "results/mine-32k/report.html" in done.stdout
     done = mine.run(["snakemake", "-n"], check=False)
-    assert "config.yaml" in done.stdout and done.returncode != 0
+    assert "Config file is not valid" in done.stdout and done.returncode != 0
 
 
 def test_the_default_is_planned_from_the_config_alone(workspace):

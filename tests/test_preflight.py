@@ -170,6 +170,7 @@ def a_run(**changes) -> preflight_run.Run:
     """A run of one job that asks for two GPUs."""
     job = SimpleNamespace(
         rule=SimpleNamespace(name="train"),
+        params={},
         resources={"gpu": 2, "runtime": 60, "slurm_partition": "gpu"},
         is_local=True,
         container_img_path=None,

@@ -1,8 +1,7 @@
 """What a run costs, from sizes alone: memory of a GPU, arithmetic, disk. docs/planning.md explains.
 
-Bytes and floating-point operations are plain numbers. The memory model describes what our training
-stage does (scripts/train.py), read from its libraries' code and
-measured on a CPU; on a GPU it is unproved.
+Bytes and floating-point operations are plain numbers. The memory model describes the training stage, after
+the code of its libraries. It was measured on a CPU; on a GPU nobody has measured it.
 """
 
 import math
@@ -23,8 +22,6 @@ EVALUATED_AT_ONCE = 16384  # tokens of prompts that longyarn/evaluation/passkey_
 LOGITS_AT_ONCE = 1024  # positions of logits that scripts/longyarn/evaluation/window_losses.py holds
 RULER_EXAMPLES = 500  # of each task and length, in lm_eval
 TEXT_PER_TOKEN = 5  # bytes of text, about; English has 4 to 5
-
-
 # Parts of what is written to disk that each phase of the extension has of its own.
 OF_EACH_PHASE = ("packed sequences", "checkpoints", "what is trained", "merged model")
 

@@ -7,11 +7,11 @@ apply or cannot be seen from here.
 import sys
 from collections.abc import Callable, Iterable
 
+from longyarn import stages
 from longyarn.cluster import preflight_local, preflight_slurm, slurm_requests
 from longyarn.cluster.preflight_run import NotChecked, Run
 from longyarn.config import sweep_cells
 from longyarn.core.errors import UserError
-from longyarn.stages import INSTRUMENTS
 
 IS_OK, NOT_CHECKED, IS_WRONG = "ok", "not checked", "error"
 
@@ -44,15 +44,17 @@ def look(run: Run) -> None:
 
 
 # What may run beside a run that trains, when one of its checkpoints is looked at.
-AFTER_CHECKPOINT = ("merge", *INSTRUMENTS)
+AFTER_CHECKPOINT = (stages.MERGE.name, *stages.INSTRUMENTS)
 
 
 def command(run: Run) -> str:
     """What Snakemake was told fits this workflow: Snakemake itself waits for ever, or says nothing."""
     if run.cores == 0 and not run.slurm:
         raise UserError("--cores is 0, so no job could ever start; give at least 1")
-    first = [job for job in run.jobs if job.rule.name not in ("checkpoint", *AFTER_CHECKPOINT)]
-    if run.has("checkpoint") and first:
+    first = [
+        job for job in run.jobs if job.rule.name not in (stages.CHECKPOINT.name, *AFTER_CHECKPOINT)
+    ]
+    if run.has(stages.CHECKPOINT.name) and first:
         raise UserError(
             "the checkpoint asked for is of a run that has not come so far: "
             f"{slurm_requests.job_name(first[0])} would have to run first, beside the run itself; wait until "

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from longyarn import stages
 from longyarn.cluster import container_images, job_resources, slurm_requests
 from longyarn.cluster.preflight_run import NotChecked, Run
 from longyarn.core.errors import UserError, first_line
@@ -105,11 +106,11 @@ def disk(run: Run) -> str:
 
 # Which stage writes what, by the names of estimate.disk, and below which of the config's paths.
 WRITES = {
-    "download_corpus": (("results", "corpus"),),
-    "tokenise": (("results", "tokens"),),
-    "pack": (("results", "packed sequences"),),
-    "train": (("work", "checkpoints"), ("results", "what is trained")),
-    "merge": (("results", "merged model"),),
+    stages.DOWNLOAD_CORPUS.name: (("results", "corpus"),),
+    stages.TOKENISE.name: (("results", "tokens"),),
+    stages.PACK.name: (("results", "packed sequences"),),
+    stages.TRAIN.name: (("work", "checkpoints"), ("results", "what is trained")),
+    stages.MERGE.name: (("results", "merged model"),),
 }
 
 
@@ -127,9 +128,9 @@ def _to_come(run: Run) -> Iterable[tuple[str, str, float]]:
     for job in run.jobs:
         sizes = estimate.disk(shape, slurm_requests.job_config(job, config))
         yield from ((key, part, sizes[part]) for key, part in WRITES.get(job.rule.name, ()))
-    if run.has("download_corpus") and config["corpus"]["datasets"]:
+    if run.has(stages.DOWNLOAD_CORPUS.name) and config["corpus"]["datasets"]:
         yield "cache", "data sets", parts["corpus"]
-    if run.has("download_model"):
+    if run.has(stages.DOWNLOAD_MODEL.name):
         # Files are linked where one disk has both places, and copied elsewhere.
         place = located(source) if is_local(source) else config["paths"]["cache"]
         if not is_local(source):
@@ -153,7 +154,7 @@ def hub(run: Run) -> str:
     from longyarn.models.hub import bring, find
     from longyarn.models.source_files import is_local
 
-    wanted = [run.config["model"]] if run.has("download_model") else []
+    wanted = [run.config["model"]] if run.has(stages.DOWNLOAD_MODEL.name) else []
     defined = run.config["evaluation"]["more_variants"]
     wanted += [
         defined[job.wildcards.variant] for job in run.jobs if job.rule.name == "download_variant"
@@ -184,7 +185,7 @@ def hub(run: Run) -> str:
 
 def elsewhere(run: Run) -> str:
     """What training.source names is there, or the hub gives it."""
-    if not run.has("adopt"):
+    if not run.has(stages.ADOPT.name):
         raise NotChecked("no model trained elsewhere is to come")
     from longyarn.models import external_source
     from longyarn.models.source_files import is_local
@@ -204,7 +205,7 @@ def corpus(run: Run) -> str:
     """Local files of the corpus are there, and the hub has its data sets at their revisions."""
     from longyarn.data import hub_datasets, local_files
 
-    if not run.has("download_corpus"):
+    if not run.has(stages.DOWNLOAD_CORPUS.name):
         raise NotChecked("the corpus is here already")
     settings = run.config["corpus"]
     for entry in settings["files"]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from longyarn import stages
 from longyarn.cluster import slurm_requests
 
 
@@ -43,7 +44,7 @@ class Run:
 def of_workflow(workflow, config: dict) -> Run:
     """Return what Snakemake is about to run; to be called from `onstart:`."""
     order = [rule.name for rule in workflow.rules]
-    known = {*order, "train", "adopt"}  # of which a workflow has one
+    known = {*order, stages.TRAIN.name, stages.ADOPT.name}  # of which a workflow has one
     # Snakemake has no public way to its executor.
     return Run(
         config=config,

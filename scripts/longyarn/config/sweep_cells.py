@@ -10,11 +10,15 @@ import itertools
 import json
 import re
 
+from longyarn import stages
 from longyarn.core.errors import UserError
 
 DIRECTORY = "cells"
 SECTIONS = ("rope", "mix", "training")
-SHARED = ("patch_rope", "pack")  # stages; from training on each cell has its own
+SHARED = (
+    stages.PATCH_ROPE.name,
+    stages.PACK.name,
+)  # stages; from training on each cell has its own
 LONGEST_NAME = 80
 
 
@@ -120,7 +124,7 @@ def shared(changes: dict, stage: str) -> dict:
     The stage lies in the directory of these alone, so for every cell that has the same, and whatever
     other cells there are. Of RoPE, each method has a file of its own.
     """
-    if stage == "patch_rope":
+    if stage == stages.PATCH_ROPE.name:
         return {k: v for k, v in changes.items() if k.startswith("rope.") and k != "rope.method"}
     return {k: v for k, v in changes.items() if k.startswith(("rope.", "mix."))}
 
