@@ -20,7 +20,7 @@ LAYERED := $(if $(PROFILE),--workflow-profile $(PROFILE)) $(if $(CONFIG),--confi
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help run setup setup-dev setup-slurm setup-harness test test-slurm lint bench micro-base plan prefetch preflight lock image sif test-containers accept verify bundle clean clean-work
+.PHONY: help run setup setup-dev setup-slurm setup-harness test test-slurm lint bench micro-base plan reference prefetch preflight lock image sif test-containers accept verify bundle clean clean-work
 
 run: setup ## Set up, then run the default, or CONFIG=mine.yaml
 	snakemake --cores $(CORES) $(LAYERED)
@@ -98,6 +98,9 @@ plan: setup ## Print what the run of CONFIG will cost; refuse what cannot fit
 micro-base: setup ## Train the micro base model again; it is committed, so nobody needs to
 	snakemake -s resources/micro-base/training/Snakefile --cores $(CORES)
 	cp results/micro/micro_base/* resources/micro-base/
+
+reference: setup ## Write the reference of all keys in docs/configuration.md from the schema
+	PYTHONPATH=scripts python -m longyarn.config.reference
 
 lock: setup-dev ## Write the hash-locked requirements from envs/*.in
 	python envs/lock.py

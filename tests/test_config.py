@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from longyarn.config import derived
+from longyarn.config import derived, reference
 from longyarn.config.load import complete
 from longyarn.core.errors import UserError
 
@@ -80,6 +80,16 @@ def test_every_key_has_a_type_and_a_description():
     for path, sub, _ in keys(SCHEMA, DEFAULT):
         assert {"type", "enum"} & set(sub), path
         assert sub["description"].endswith("."), path
+
+
+def test_the_reference_has_every_key_as_the_schema_describes_it():
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "run `make reference`"
+    for path, sub, _ in keys(SCHEMA, DEFAULT):
+        if "properties" not in sub and "." in path:
+            assert any(
+                line.replace("[]", "").startswith(f"| `{path}` |") and sub["description"] in line
+                for line in reference.page().splitlines()
+            ), path
 
 
 def test_a_minimal_config_gets_every_default_of_the_schema():
