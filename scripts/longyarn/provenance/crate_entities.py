@@ -12,7 +12,8 @@ FIGURES = "figures"  # the one directory that no manifest lists
 MAIN = f"{run_directory.WORKFLOW}/Snakefile"
 FORMATS = {
     ".html": "text/html", ".json": "application/json", ".jsonl": "application/jsonl",
-    ".md": "text/markdown", ".png": "image/png", ".py": "text/x-python", ".svg": "image/svg+xml",
+    ".md": "text/markdown", ".png": "image/png", ".py": "text/x-python", ".rst": "text/x-rst",
+    ".svg": "image/svg+xml",
     ".tsv": "text/tab-separated-values", ".yaml": "application/yaml",
     **dict.fromkeys(("", ".txt", ".log", ".smk", ".in", ".def", ".Dockerfile"), "text/plain"),
 }  # fmt: skip
