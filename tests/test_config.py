@@ -167,7 +167,7 @@ MISTAKES = [
     ({"corpus.held_out_documents": {"kjv": 0}}, "is 0, but must be at least 1"),
     (
         {"mix.shares": {"kjv": 0.5, "milton": 0.4}},
-        "mix.shares sum to 0.9; mend them so that they sum",
+        "mix.shares sum to 0.9; fix them so that they sum",
     ),
     ({"mix.shares": {"kjv": 1.5}}, "is 1.5, but must be at most 1"),
     (
@@ -201,7 +201,7 @@ MISTAKES = [
         {"evaluation.harness.tasks": ["ruler_vt"], "evaluation.harness.lengths": [8192]},
         "evaluation.harness.lengths has 8192, beyond rope.target_length 4096",
     ),
-    ({"evaluation.passkey.haystack": "no/such.txt"}, "haystack no/such.txt is no file; mend the"),
+    ({"evaluation.passkey.haystack": "no/such.txt"}, "haystack no/such.txt is not a file; correct"),
     ({"evaluation.perplexity.lengths": [8192]}, "evaluation.perplexity.lengths has 8192, beyond"),
     (
         {"evaluation.perplexity.sliding": {"lengths": [4096, 256]}},

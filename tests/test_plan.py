@@ -89,7 +89,7 @@ def test_overrides_of_the_profile_count(tmp_path, monkeypatch):
     ("profile", "reason"),
     [
         ("no-such-key: 1", "no-such-key"),
-        ("set-resources: text", "mend it"),
+        ("set-resources: text", "fix it"),
         ("jobs: many", "must be integer"),
         ("jobs: 1\nset-resources: {train: {runtime: soon}}", "'runtime' with value 'soon'"),
         ("jobs: 1\nset-resources: {train: {mem_mb: 200G}}", "'mem_mb' assigned .* '200G'"),
@@ -316,8 +316,8 @@ def test_advice_of_a_shorter_context_takes_longer_lengths_along():
         "evaluation.perplexity.truncate.lengths [262144], "
         "evaluation.perplexity.sliding.lengths [262144]"
     )
-    mended = plan_advice.shortened(config, 262144)
-    assert plan_advice.apply(config, [mended])["evaluation"]["perplexity"]["lengths"][2] == 262144
+    fixed = plan_advice.shortened(config, 262144)
+    assert plan_advice.apply(config, [fixed])["evaluation"]["perplexity"]["lengths"][2] == 262144
     assert plan_advice.apply(config, [{"rope.target_length": 262144}]) is None
 
 
@@ -368,8 +368,8 @@ def test_what_cannot_fit_is_refused_and_the_advice_fits(workspace, case):
     said = one_sentence(done.stderr)
     assert said.rpartition(" with ")[2] == ", ".join(changes), said
     stated = (change.split(" ") for change in changes)
-    mend = {key: yaml.safe_load(value) for key, value in stated}
-    plan_advice.check_fit(plan_advice.apply(configuration(overrides), [mend]))
+    changed = {key: yaml.safe_load(value) for key, value in stated}
+    plan_advice.check_fit(plan_advice.apply(configuration(overrides), [changed]))
 
 
 def test_where_nothing_helps_it_says_so():

@@ -236,7 +236,7 @@ def test_a_root_that_cannot_be_made(workspace):
 def test_a_model_that_is_not_there(workspace):
     done = workspace.snakemake(overrides={"model": {"source": "/models/none"}}, check=False)
     sentence = refusal(workspace, done)
-    assert "error: model.source /models/none is no directory with a config.json" in sentence
+    assert "error: model.source /models/none is not a directory with a config.json" in sentence
 
 
 def test_gpus_that_are_there(tmp_path, monkeypatch):
@@ -268,7 +268,7 @@ def test_an_image_that_is_missing(tmp_path):
     image = tmp_path / "image.sif"
     run = a_run(config=config_of(container={"image": str(image)}))
     run.jobs[0].container_img_path = str(image)
-    with pytest.raises(UserError, match=r"image\.sif is missing; build it or mend the path"):
+    with pytest.raises(UserError, match=r"image\.sif is missing; build it or fix the path"):
         preflight_local.image(run)
     image.touch()
     assert preflight_local.image(run) == str(image)
@@ -350,11 +350,11 @@ def test_slurm_accepts_the_chain(on_slurm):
         ),
         (
             ["--set-resources", "merge:constraint=fast"],
-            "Invalid feature specification; mend constraint in the profile",
+            "Invalid feature specification; fix constraint in the profile",
         ),
         (
             ["--set-resources", "trian:mem_mb=2000"],
-            "error: set-resources names trian, but no rule is called so; mend the profile",
+            "error: set-resources names trian, but no rule has that name; fix the profile",
         ),
         (
             ["--set-resources", "train:nodes=2"],
@@ -365,7 +365,7 @@ def test_slurm_accepts_the_chain(on_slurm):
             "error: train asks for 90000 minutes at attempt 1, but partition gpu gives ",
         ),
         (
-            # It grows with each attempt, and the last would wait for ever.
+            # It grows with each attempt, and the last would wait forever.
             ["--set-resources", "train:runtime=10000*attempt"],
             "error: train asks for 40000 minutes at attempt 4, but partition gpu gives ",
         ),

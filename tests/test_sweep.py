@@ -101,7 +101,7 @@ def test_a_stage_lies_where_the_changes_that_decide_on_it_say():
         ({"training.steps": [0]}, "in training.steps=0 of config key 'sweep': config key 'training.s"),
         ({"training.steps": [100]}, "in training.steps=100 of config key 'sweep': training.steps ×"),
         ({"training.gpus": [2]}, "training.gpus is that of the whole run"),
-        ({"training.steps.x": [1]}, "sweep.factors changes training.steps.x, but steps is no section"),
+        ({"training.steps.x": [1]}, "sweep.factors changes training.steps.x, but steps is not a section"),
         ({"paths.work": ["a"]}, "which changes 'paths.work', and a sweep changes keys of rope, mix"),
         ({"evaluation.threads": [2]}, "changes 'evaluation.threads', and a sweep changes keys of"),
         ({"corpus": [{"corpus.held_out": []}]}, "changes 'corpus.held_out'"),

@@ -87,7 +87,7 @@ def test_a_variant_of_the_base_takes_the_run_s_settings_but_for_its_own():
     [
         ({"base": {"method": "yarn"}}, "more_variants.base has the name of a built-in variant"),
         ({"step-10": {"method": "yarn"}}, "has the name of a built-in variant"),
-        ({"a/b": {"method": "yarn"}}, "is no name of lower-case letters, digits and hyphens"),
+        ({"a/b": {"method": "yarn"}}, "is not a name of lowercase letters, digits and hyphens"),
         ({"x": {}}, "x must be one thing: keys of section rope, or run alone"),
         ({"x": {"run": "other", "factor": 2}}, "x must be one thing"),
         (
@@ -127,7 +127,7 @@ def test_the_rope_of_another_run_is_told_by_its_hash(tmp_path):
     write_json(tmp_path / "merged.json", {"inputs": {"rope": yarn}})
     assert variants.of_run(tmp_path, "x") == tmp_path / "rope/yarn.json"
     write_json(tmp_path / "rope/yarn.json", {"method": "changed"})
-    with pytest.raises(UserError, match="bring that run up to date"):
+    with pytest.raises(UserError, match="update that run first"):
         variants.of_run(tmp_path, "x")
 
 

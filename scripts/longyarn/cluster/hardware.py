@@ -11,7 +11,7 @@ from longyarn.core.files import ROOT
 
 
 def check(config: dict) -> None:
-    """Refuse a model.shape or a hardware.gpu that is not listed, or that cannot do what is asked."""
+    """Refuse a model.shape or a hardware.gpu that is not listed, or a GPU that cannot run the config."""
     if config["model"]["shape"]:
         model_shapes.named(config["model"]["shape"])
     for name, settings in configurations(config).items():
@@ -22,7 +22,7 @@ def check(config: dict) -> None:
 
 
 def check_hardware(config: dict) -> None:
-    """Refuse a GPU that is not listed, or that has not the precision or the attention asked for."""
+    """Refuse a GPU that is not listed, or that lacks the configured precision or attention."""
     for section in ("training", "evaluation"):
         if config["training"]["gpus"]:
             gpu_rate(config, config[section]["precision"])
@@ -31,7 +31,7 @@ def check_hardware(config: dict) -> None:
 
 
 def check_flash_attention(config: dict, section: str) -> None:
-    """Refuse FlashAttention-2 where it cannot run: by its README, on GPUs of Ampere or newer alone.
+    """Refuse FlashAttention-2 where it cannot run. Its README names GPUs of the Ampere generation or newer.
 
     Those are the GPUs that compute in bf16.
     """
@@ -46,7 +46,7 @@ def check_flash_attention(config: dict, section: str) -> None:
         return
     raise UserError(
         f"{section}.attention flash_attention_2 needs a GPU of the Ampere generation or newer, and "
-        f"bf16 or fp16, but {reason}; mend that or choose sdpa"
+        f"bf16 or fp16, but {reason}; fix that or choose sdpa"
     )
 
 
@@ -57,7 +57,7 @@ def known_gpus() -> dict:
 
 
 def gpu(config: dict) -> dict:
-    """Return what is known of ``hardware.gpu``."""
+    """Return the entry of ``hardware.gpu`` in resources/gpus.yaml."""
     name = config["hardware"]["gpu"]
     if name not in known_gpus():
         raise UserError(

@@ -12,7 +12,7 @@ from longyarn.core.errors import UserError
 
 
 def check_fit(config: dict) -> None:
-    """Refuse a plan whose training or evaluation is too large for its GPUs; say what would fit."""
+    """Refuse a plan whose training or evaluation does not fit its GPUs, and name what would fit."""
     if not config["training"]["gpus"]:
         return
     name, size = config["hardware"]["gpu"], hardware.gpu(config)["gib"]
@@ -40,7 +40,7 @@ def check_fit(config: dict) -> None:
 
 
 def lacking(config: dict) -> float:
-    """Return the GiB that training needs of each GPU beyond what that has; negative where it fits."""
+    """Return the GiB that training lacks on each GPU; negative if it fits."""
     parts = estimate.memory(shape_of(config), estimate.Setup.of(config))
     return estimate.peak(parts) / estimate.GIB - hardware.gpu(config)["gib"]
 
@@ -56,7 +56,7 @@ def advice(config: dict) -> str:
             break
     else:
         return "nothing in the config makes it fit"
-    for remedy in changes[:-1]:  # one that a later one has made superfluous is left out
+    for remedy in changes[:-1]:  # leave out one that a later one made unnecessary
         fewer = [other for other in changes if other is not remedy]
         without = apply(config, fewer)
         if without and lacking(without) <= 0:
@@ -72,7 +72,7 @@ def advice(config: dict) -> str:
 
 
 def remedies(config: dict) -> list[dict]:
-    """Return changes to try, in order: those that leave the result alone, then machines, then the rest."""
+    """Return changes to try, those that do not change the result first, then more machines, then the rest."""
     training, target = config["training"], config["rope"]["target_length"]
     found = [
         {"training.gradient_checkpointing": True},
@@ -111,7 +111,7 @@ def remedies(config: dict) -> list[dict]:
 
 
 def shortened(config: dict, target: int) -> dict:
-    """Return the change to a shorter context: what is stated of a longer one goes with it."""
+    """Return the change to a shorter context, with the settings that were stated for a longer one."""
     changes = {"rope.target_length": target}
     if config["rope"]["factor"]:
         changes["rope.factor"] = None
@@ -125,12 +125,12 @@ def shortened(config: dict, target: int) -> dict:
 
 
 def at(config: dict, key: str):
-    """Return what a config has at a dotted key."""
+    """Return the value of a config at a dotted key."""
     return functools.reduce(dict.__getitem__, key.split("."), config)
 
 
 def apply(config: dict, changes: list[dict]) -> dict | None:
-    """Return the config with dotted keys set, or None where no run would take it."""
+    """Return the config with dotted keys set, or None if a run would refuse it."""
     changed = copy.deepcopy(config)
     for key, value in (item for change in changes for item in change.items()):
         section, _, name = key.rpartition(".")

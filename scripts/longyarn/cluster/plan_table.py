@@ -19,12 +19,12 @@ def planned(files: list[Path]) -> dict:
 
 
 def shape_of(config: dict) -> model_shapes.Shape:
-    """Return the model's shape, or refuse: without it nothing can be planned."""
+    """Return the model's shape, or raise UserError: without it nothing can be planned."""
     shape = model_shapes.find(config)
     if shape is None:
         raise UserError(
             f"the shape of {config['model']['source']} is unknown, so nothing can be planned; set "
-            "model.shape to an architecture of resources/shapes.yaml, or bring the model first "
+            "model.shape to an architecture of resources/shapes.yaml, or download the model first "
             "(`snakemake prefetch`)"
         )
     return shape
@@ -75,7 +75,7 @@ def tokens_of(config: dict) -> str:
 
 
 def written_to_disk(shape: model_shapes.Shape, config: dict) -> Counter:
-    """Return bytes on disk by part; each phase packs, trains and merges anew."""
+    """Return bytes on disk by part; each phase packs, trains and merges again."""
     written = Counter(estimate.disk(shape, config))
     for name, phase in phases(config).items():
         if name:
@@ -85,7 +85,7 @@ def written_to_disk(shape: model_shapes.Shape, config: dict) -> Counter:
 
 
 def machines(config: dict) -> str:
-    """Return machines, GPUs and what of their peak is counted with."""
+    """Return the machines, the GPUs and the share of their peak that the plan assumes."""
     training = config["training"]
     count = f"{training['nodes']} machine{'s' * (training['nodes'] > 1)}"
     if not training["gpus"]:

@@ -28,7 +28,7 @@ def check(run: Run) -> Iterable[tuple[str, str, str]]:
 
 
 def look(run: Run) -> None:
-    """Exit with what is amiss, one sentence each; where `preflight` is the target, say all and exit."""
+    """Exit with one sentence for each problem; if the target is `preflight`, print every check and exit."""
     asked = run.has("preflight")
     wrong = []
     for name, outcome, sentence in check(run):
@@ -36,19 +36,19 @@ def look(run: Run) -> None:
             wrong.append(sentence)
         elif asked:
             print(f"{name}: {outcome}: {sentence}", file=sys.stderr)
-    # Last, because SLURM's plugin has its own things to say meanwhile.
+    # Last, because the SLURM plugin prints messages of its own before.
     for sentence in wrong:
         print(f"error: {sentence}", file=sys.stderr)
     if wrong or asked:
         sys.exit(1 if wrong else 0)
 
 
-# What may run beside a run that trains, when one of its checkpoints is looked at.
+# What can run during training to evaluate one of its checkpoints.
 AFTER_CHECKPOINT = (stages.MERGE.name, *stages.INSTRUMENTS)
 
 
 def command(run: Run) -> str:
-    """What Snakemake was told fits this workflow: Snakemake itself waits for ever, or says nothing."""
+    """The command line fits this workflow. Snakemake itself would wait forever or stay silent."""
     if run.cores == 0 and not run.slurm:
         raise UserError("--cores is 0, so no job could ever start; give at least 1")
     first = [
@@ -56,18 +56,18 @@ def command(run: Run) -> str:
     ]
     if run.has(stages.CHECKPOINT.name) and first:
         raise UserError(
-            "the checkpoint asked for is of a run that has not come so far: "
-            f"{slurm_requests.job_name(first[0])} would have to run first, beside the run itself; wait until "
-            "it trains its last phase"
+            "the run of this checkpoint has not come so far: "
+            f"{slurm_requests.job_name(first[0])} would have to run first; wait until the run trains its "
+            "last phase"
         )
     if run.has("sweep") and len(sweep_cells.all_changes(run.config)) < 2:
         raise UserError(
-            "sweep.factors has nothing that differs from the configuration; state some values, as in "
+            "sweep.factors has no value that differs from the configuration; state some, as in "
             "docs/sweeps.md"
         )
     if run.unknown_rules:
         raise UserError(
-            f"set-resources names {run.unknown_rules[0]}, but no rule is called so; mend the profile"
+            f"set-resources names {run.unknown_rules[0]}, but no rule has that name; fix the profile"
         )
     return "cores and rules"
 

@@ -17,9 +17,9 @@ from longyarn.provenance.archive import check_place
 
 
 def image(run: Run) -> str:
-    """Each image is there. Snakemake has pulled those of a registry before this runs."""
+    """Every image exists. Snakemake has already pulled those of a registry."""
     paths = {str(job.container_img_path) for job in run.jobs if job.container_img_path}
-    # Training on several machines enters its image by itself; the last word of its command is the file.
+    # Training on several machines enters its image itself. The last word of that command is the file.
     commands = (job.params.get("inside_image") for job in run.jobs)
     paths |= {shlex.split(command)[-1] for command in commands if command}
     if not paths:
@@ -42,7 +42,7 @@ def image(run: Run) -> str:
 def gpus(run: Run) -> str:
     """This machine has the GPUs that its jobs ask for."""
     asked = {job.rule.name: int(job.resources.get("gpu", 0)) for job in run.jobs if job.is_local}
-    if "train" in asked:  # Snakemake lowers what a job asks for to what --resources gives
+    if "train" in asked:  # Snakemake lowers a job's request to the limit of --resources
         asked["train"] = run.config["training"]["gpus"]
     rule = max(asked, key=asked.get, default=None)
     wanted = asked.get(rule, 0)
@@ -69,20 +69,20 @@ def gpus(run: Run) -> str:
         )
     if run.gpus is None or run.gpus < wanted:
         raise UserError(
-            f"Snakemake was not told of the {count} GPUs of this machine, so jobs would get in each "
-            f"other's way; add --resources gpu={count}"
+            f"Snakemake does not know of the {count} GPUs of this machine, so jobs would compete for "
+            f"them; add --resources gpu={count}"
         )
     return f"{count} × {found[0]}"
 
 
 def disk(run: Run) -> str:
-    """The config's paths can be written to, and have room for what is to come, by the plan's estimate."""
+    """The configured paths are writable and have room for what the jobs will write, as the plan estimates."""
     for key, path in run.config["paths"].items():
         place = _existing(path)
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise UserError(
-                f"paths.{key} {path} cannot be made, because {place} is no directory that you "
-                "may write to; mend it"
+                f"paths.{key} {path} cannot be made, because {place} is not a directory that you "
+                "may write to; choose another"
             )
     disks: dict[int, list[tuple[str, str, float]]] = {}
     for key, part, size in _to_come(run):
@@ -104,7 +104,7 @@ def disk(run: Run) -> str:
     return ", ".join(told)
 
 
-# Which stage writes what, by the names of estimate.disk, and below which of the config's paths.
+# What each stage writes, by the names of estimate.disk, and below which configured path.
 WRITES = {
     stages.DOWNLOAD_CORPUS.name: (("results", "corpus"),),
     stages.TOKENISE.name: (("results", "tokens"),),
@@ -115,7 +115,7 @@ WRITES = {
 
 
 def _to_come(run: Run) -> Iterable[tuple[str, str, float]]:
-    """Yield where, what and how many bytes the jobs to come write."""
+    """Yield the path, the part and the bytes of everything that the jobs will write."""
     from longyarn.cluster import estimate
     from longyarn.models.source_files import is_local
 
@@ -131,7 +131,7 @@ def _to_come(run: Run) -> Iterable[tuple[str, str, float]]:
     if run.has(stages.DOWNLOAD_CORPUS.name) and config["corpus"]["datasets"]:
         yield "cache", "data sets", parts["corpus"]
     if run.has(stages.DOWNLOAD_MODEL.name):
-        # Files are linked where one disk has both places, and copied elsewhere.
+        # Files are hard-linked on the same disk and copied to another one.
         place = located(source) if is_local(source) else config["paths"]["cache"]
         if not is_local(source):
             yield "cache", "base model", parts["base model"]
@@ -150,7 +150,7 @@ def _device(path: str | Path) -> int:
 
 
 def hub(run: Run) -> str:
-    """The hub gives each model that is still to be downloaded, or the cache has it whole."""
+    """The hub serves each model that must be downloaded, or the cache has all of it."""
     from longyarn.models.hub import bring, find
     from longyarn.models.source_files import is_local
 
@@ -167,7 +167,7 @@ def hub(run: Run) -> str:
         if is_local(source):
             if not (located(source) / "config.json").is_file():
                 raise UserError(
-                    f"model.source {source} is no directory with a config.json; mend the path"
+                    f"model.source {source} is not a directory with a config.json; correct the path"
                 )
             continue
         try:
@@ -184,7 +184,7 @@ def hub(run: Run) -> str:
 
 
 def elsewhere(run: Run) -> str:
-    """What training.source names is there, or the hub gives it."""
+    """training.source exists, on this machine or on the hub."""
     if not run.has(stages.ADOPT.name):
         raise NotChecked("no model trained elsewhere is to come")
     from longyarn.models import external_source
@@ -202,7 +202,7 @@ def elsewhere(run: Run) -> str:
 
 
 def corpus(run: Run) -> str:
-    """Local files of the corpus are there, and the hub has its data sets at their revisions."""
+    """The local files of the corpus exist, and the hub has its data sets at their revisions."""
     from longyarn.data import hub_datasets, local_files
 
     if not run.has(stages.DOWNLOAD_CORPUS.name):
@@ -227,7 +227,7 @@ def corpus(run: Run) -> str:
 
 
 def destination(run: Run) -> str:
-    """There is a repository to push to, and a token."""
+    """The repository to push to and a token exist."""
     if not run.has("push"):
         raise NotChecked("nothing is to be pushed")
     from longyarn.models.hub_upload import check_destination
@@ -250,7 +250,7 @@ def archive(run: Run) -> str:
 
 
 def lm_eval(run: Run) -> str:
-    """lm_eval is installed and has the tasks asked for; the images have it."""
+    """lm_eval is installed and has the configured tasks. The images have it."""
     if not run.has("harness"):
         raise NotChecked("no task of lm_eval is to come")
     if any(job.container_img_path for job in run.jobs if job.rule.name == "harness"):

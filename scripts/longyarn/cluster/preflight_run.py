@@ -7,16 +7,16 @@ from longyarn.cluster import slurm_requests
 
 
 class NotChecked(Exception):
-    """A check that does not apply, or that cannot be made from here; the message says why."""
+    """Raised by a check that does not apply or cannot be made from here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Run:
     """What is about to run, and where.
 
-    ``jobs`` are Snakemake's, those only that are not done. ``slurm`` is SLURM's executor, None where
-    jobs run on this machine. ``gpus`` is the limit that --resources gpu= sets, None without one;
-    ``cores`` that of --cores. ``unknown_rules`` are names under set-resources that no rule has.
+    ``jobs`` are the jobs of Snakemake that are not done yet. ``slurm`` is the executor of SLURM, or None if
+    jobs run on this machine. ``gpus`` is the limit of --resources gpu=, None without one; ``cores`` that of
+    --cores. ``unknown_rules`` are names under set-resources that no rule has.
     """
 
     config: dict
@@ -33,7 +33,7 @@ class Run:
         return any(job.rule.name == rule for job in self.jobs)
 
     def submitted(self) -> dict[str, object]:
-        """Return one job of each rule, and phase, that SLURM is to run, by ``requests.job_name``."""
+        """Return one job that SLURM will run for each rule and phase, by ``job_name``."""
         return {
             slurm_requests.job_name(job): job
             for job in self.jobs
@@ -42,7 +42,7 @@ class Run:
 
 
 def of_workflow(workflow, config: dict) -> Run:
-    """Return what Snakemake is about to run; to be called from `onstart:`."""
+    """Return what Snakemake is about to run; call it from `onstart:`."""
     order = [rule.name for rule in workflow.rules]
     known = {*order, stages.TRAIN.name, stages.ADOPT.name}  # of which a workflow has one
     # Snakemake has no public way to its executor.

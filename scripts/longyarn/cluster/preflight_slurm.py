@@ -29,14 +29,16 @@ def slurm(run: Run) -> str:
         try:
             done = subprocess.run(sbatch_test(run, job), capture_output=True, text=True, timeout=60)
         except subprocess.TimeoutExpired:
-            raise UserError("`sbatch --test-only` is silent for 60 s; wait for SLURM") from None
+            raise UserError(
+                "`sbatch --test-only` gave no answer for 60 s; wait for SLURM"
+            ) from None
         if done.returncode:
             raise UserError(_refusal(rule, job, done.stderr))
     return f"accepts the requests of {', '.join(run.submitted())}"
 
 
 def _training_as_configured(run: Run) -> None:
-    """Stop where the profile gives training other machines or GPUs than the config, which counts on them."""
+    """Stop if the profile gives training other machines or GPUs than the configuration states."""
     training, job = run.config["training"], run.submitted().get("train")
     if job is None:
         return
@@ -56,9 +58,9 @@ def _training_as_configured(run: Run) -> None:
 
 
 def walltime(run: Run) -> str:
-    """No attempt asks for more than its partition gives, and the attempts give what a stage needs.
+    """No attempt asks for more time than its partition gives, and the attempts suffice for each stage.
 
-    SLURM itself takes a request that is too long for its partition, and lets it wait for ever.
+    SLURM itself accepts a request that is too long for its partition and lets it wait forever.
     """
     if not run.submitted():
         raise NotChecked("no job to come is submitted to SLURM")
@@ -69,18 +71,18 @@ def walltime(run: Run) -> str:
         if not asked:
             continue
         _, partitions = shlex.split(run.slurm.get_partition_arg(job)) or ("", "")
-        # Of several partitions, SLURM takes one that fits.
+        # SLURM chooses a partition that fits.
         limit = max(
             (limits.get(name, math.inf) for name in partitions.split(",")), default=math.inf
         )
         if max(asked) > limit:
             raise UserError(
                 f"{name} asks for {max(asked)} minutes at attempt {asked.index(max(asked)) + 1}, but "
-                f"partition {partitions} gives {limit:.0f}, so it would wait for ever; set `runtime` of "
+                f"partition {partitions} gives {limit:.0f}, so it would wait forever; set `runtime` of "
                 f"{rule} under set-resources in the profile: then each attempt asks for that"
             )
         needed = job_resources.minutes(slurm_requests.job_config(job, run.config), rule, shape)
-        # Training goes on in the next attempt; other stages begin anew.
+        # Training resumes in the next attempt; other stages start again.
         given = sum(asked) if rule == "train" else max(asked)
         if needed is not None and needed > given:
             raise UserError(
@@ -109,21 +111,21 @@ def sbatch_test(run: Run, job) -> list[str]:
     except WorkflowError as error:
         account = job.resources.get("slurm_account")
         raise UserError(
-            f"SLURM does not know slurm_account {account!r} of the profile ({first_line(error)}); mend it, "
+            f"SLURM does not know slurm_account {account!r} of the profile ({first_line(error)}); fix it, "
             "or leave it out"
             if account and "account" in str(error)
-            else f"the request of {job.rule.name} cannot be made ({first_line(error)}); mend the profile"
+            else f"the request of {job.rule.name} cannot be made ({first_line(error)}); fix the profile"
         ) from None
     return [*shlex.split(call), "--test-only", "--wrap=true"]
 
 
-# What SLURM says, and what to do. The first that fits counts.
-MENDS = {
-    "partition": "mend slurm_partition in the profile; `sinfo` lists the partitions",
-    "account": "mend slurm_account in the profile; `sacctmgr show associations user=$USER` lists yours",
-    "qos": "mend qos in the profile",
+# Words in SLURM's message, and the fix. The first match counts.
+FIXES = {
+    "partition": "fix slurm_partition in the profile; `sinfo` lists the partitions",
+    "account": "fix slurm_account in the profile; `sacctmgr show associations user=$USER` lists yours",
+    "qos": "fix qos in the profile",
     "time limit": "lower its `runtime`, under set-resources in the profile",
-    "feature": "mend constraint in the profile",
+    "feature": "fix constraint in the profile",
     "node configuration": "no machines of the partition have as much, so ask for less memory, fewer GPUs "
     "(training.gpus, gpu_model) or fewer machines (training.nodes), or choose another partition",
     "configuration source": "this machine has no configuration of SLURM; start where jobs are submitted",
@@ -135,13 +137,13 @@ def _refusal(rule: str, job, said: str) -> str:
     """Return a sentence for a request that SLURM refused."""
     lines = [re.sub("^(sbatch: |error: |allocation failure: )*", "", x) for x in said.splitlines()]
     reason = "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
-    mend = next((v for k, v in MENDS.items() if k in reason.lower()), "mend the profile")
+    fix = next((v for k, v in FIXES.items() if k in reason.lower()), "fix the profile")
     asked = {
         "slurm_partition": "partition", "nodes": "nodes", "gpu": "GPUs", "mem_mb": "MB",
         "runtime": "minutes",
     }  # fmt: skip
     resources = [f"{word} {value}" for k, word in asked.items() if (value := job.resources.get(k))]
-    return f"SLURM refuses the job of {rule} ({', '.join(resources)}): {reason}; {mend}"
+    return f"SLURM refuses the job of {rule} ({', '.join(resources)}): {reason}; {fix}"
 
 
 def _minutes_asked(run: Run, job) -> list[int]:

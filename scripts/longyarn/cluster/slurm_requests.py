@@ -134,7 +134,7 @@ def read_profile(profile: Path):
     from snakemake.exceptions import CliException
 
     if not (profile / "config.yaml").is_file():
-        raise UserError(f"{profile} has no config.yaml; mend --profile")
+        raise UserError(f"{profile} has no config.yaml; fix --profile")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -148,5 +148,5 @@ def read_profile(profile: Path):
 def refused(profile: Path, reason: str) -> UserError:
     """Return the sentence on a profile that Snakemake does not take."""
     return UserError(
-        f"{profile}/config.yaml is refused by Snakemake ({reason}); mend it as in {DEFAULT_PROFILE}"
+        f"{profile}/config.yaml is refused by Snakemake ({reason}); fix it as in {DEFAULT_PROFILE}"
     )

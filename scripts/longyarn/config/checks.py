@@ -35,7 +35,7 @@ def check(config: dict) -> None:
     check_perplexity(config["evaluation"]["perplexity"], target)
     haystack = config["evaluation"]["passkey"]["haystack"]
     if haystack and not Path(haystack).is_file():
-        raise UserError(f"evaluation.passkey.haystack {haystack} is no file; mend the path")
+        raise UserError(f"evaluation.passkey.haystack {haystack} is not a file; correct the path")
     corpus = config["corpus"]
     check_corpus(corpus)
     if not corpus["held_out"] and not corpus["held_out_documents"]:

@@ -32,7 +32,7 @@ def check_corpus(corpus: dict) -> None:
         if name.partition("/")[0] not in names:
             raise UserError(
                 f"corpus.held_out names {name!r}, but no source has the collection "
-                f"{name.partition('/')[0]!r}; mend it, or set corpus.held_out to [] for none"
+                f"{name.partition('/')[0]!r}; fix it, or set corpus.held_out to [] for none"
             )
     counts = corpus["held_out_documents"]
     for unknown in sorted(counts.keys() - names):

@@ -85,7 +85,7 @@ def accumulation(training: dict) -> int:
     if stated and stated != steps:
         raise UserError(
             f"training.gradient_accumulation_steps {stated} contradicts batch_size / (micro_batch_size × "
-            f"{what}) = {steps}; leave it null or mend the batch"
+            f"{what}) = {steps}; leave it null or fix the batch"
         )
     return steps
 
@@ -98,6 +98,6 @@ def require_enough(sequences: int, length: int, wanted: int, allow_repeats: bool
     if wanted > sequences * length and not allow_repeats:
         raise UserError(
             f"training.steps × batch_size × sequence length reads {wanted} tokens, but the pack holds "
-            f"{sequences * length}: {wanted - sequences * length} tokens are missing; bring more "
+            f"{sequences * length}: {wanted - sequences * length} tokens are missing; add more "
             "documents, lower training.steps, or set mix.allow_repeats to true"
         )

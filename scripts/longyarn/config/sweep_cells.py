@@ -1,7 +1,7 @@
 """A sweep: configurations around one, each a *cell*, and which of their stages are the same.
 
 A cell is the run's configuration with changes, ``{"training.steps": 200, …}``. It lives in a directory
-below the run's, named by what differs, so that a factor more renames no cell. Pure functions.
+below the run's, named by what differs, so an additional factor renames no cell. Pure functions.
 """
 
 import copy
@@ -35,7 +35,7 @@ def changed(config: dict, changes: dict) -> dict:
 
 
 def all_changes(config: dict) -> list[dict]:
-    """Return what differs from the config in each cell, the config itself first; none comes twice."""
+    """Return what differs from the config in each cell, the config itself first, without duplicates."""
     factors = {
         name: [changes_of(name, value) for value in values]
         for name, values in config["sweep"]["factors"].items()
@@ -99,7 +99,7 @@ def with_changes(config: dict, changes: dict) -> dict:
             inner = inner.setdefault(section, {})
             if not isinstance(inner, dict):
                 raise UserError(
-                    f"sweep.factors changes {key}, but {section} is no section; mend it"
+                    f"sweep.factors changes {key}, but {section} is not a section; fix the key"
                 )
         inner[name] = value
     return changed

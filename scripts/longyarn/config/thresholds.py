@@ -1,4 +1,4 @@
-"""The thresholds of config section `gate`: which figure each is compared with, and what it needs."""
+"""The thresholds of config section `gate`: which figure each concerns, and what it needs evaluated."""
 
 from dataclasses import dataclass
 

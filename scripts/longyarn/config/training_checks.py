@@ -50,7 +50,7 @@ def check_rope(config: dict) -> None:
         raise UserError(
             f"rope.factor {factor:g} contradicts rope.target_length {target} / "
             f"rope.original_max_position_embeddings {stated} = {target / stated:g}; "
-            "leave rope.factor null or mend the lengths"
+            "leave rope.factor null or fix the lengths"
         )
     if rope["beta_fast"] <= rope["beta_slow"]:
         raise UserError(
@@ -106,7 +106,7 @@ def check_mix(config: dict) -> None:
     shares = mix["shares"]
     if shares is not None and abs(sum(shares.values()) - 1) > 1e-6:
         raise UserError(
-            f"mix.shares sum to {sum(shares.values()):g}; mend them so that they sum to 1"
+            f"mix.shares sum to {sum(shares.values()):g}; fix them so that they sum to 1"
         )
     known = set(collections(config["corpus"]))
     for key in ("shares", "short_from"):

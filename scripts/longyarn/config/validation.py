@@ -61,15 +61,15 @@ def with_defaults(value, schema: dict):
 
 
 def _sentence(error: jsonschema.ValidationError) -> str:
-    """Say a schema violation in one sentence that names the key and the mend."""
+    """Say a schema violation in one sentence that names the key and the fix."""
     where = error.json_path.removeprefix("$").removeprefix(".")
     if error.validator == "additionalProperties":
         known = list(error.schema["properties"])
         unknown = sorted(set(error.instance) - set(known), key=str)[0]
         name = f"{where}.{unknown}" if where else str(unknown)
         near = difflib.get_close_matches(str(unknown), known, n=1)
-        mend = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        return f"config key {name!r} is unknown; {mend}"
+        fix = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"config key {name!r} is unknown; {fix}"
     if error.validator == "required":
         missing = next(key for key in error.validator_value if key not in error.instance)
         name = f"{where}.{missing}" if where else missing

@@ -16,7 +16,7 @@ OF_YARN = ("beta_fast", "beta_slow", "attention_factor")
 
 
 def check(config: dict) -> None:
-    """Refuse variants that are not defined, or in a way that says two things."""
+    """Refuse variants that are not defined, or whose definition is ambiguous."""
     evaluation = config["evaluation"]
     defined = evaluation["more_variants"]
     for name, entry in defined.items():
@@ -25,19 +25,19 @@ def check(config: dict) -> None:
             raise UserError(f"{where} has the name of a built-in variant; choose another")
         if not re.fullmatch(NAME, name):
             raise UserError(
-                f"{where} is no name of lower-case letters, digits and hyphens; mend it"
+                f"{where} is not a name of lowercase letters, digits and hyphens; rename it"
             )
         check_entry(where, entry, config)
     for name in evaluation["variants"]:
         if name not in (*BUILT_IN, *defined):
             raise UserError(
                 f"evaluation.variants has {name!r}, which is not built in ({', '.join(BUILT_IN)}) and not "
-                "in evaluation.more_variants; define it there, or mend the name"
+                "in evaluation.more_variants; define it there, or correct the name"
             )
 
 
 def check_entry(where: str, entry: dict, config: dict) -> None:
-    """Refuse a definition that mixes the three kinds, or that cannot be brought."""
+    """Refuse a definition that mixes the three kinds, or a revision that can move."""
     kind = next((kind for kind in ("run", "source") if kind in entry), "rope")
     allowed = {"run": {"run"}, "source": {"source", "revision"}, "rope": config["rope"].keys()}
     if not entry or entry.keys() - allowed[kind]:
@@ -78,7 +78,7 @@ def of_run(directory: Path, name: str) -> Path:
     if not merged.is_file():
         raise UserError(
             f"evaluation.more_variants.{name} needs {merged}, which is missing; finish that run first, "
-            "or mend its name"
+            "or fix its name"
         )
     wanted = read_json(merged)["inputs"]["rope"]
     for path in sorted(merged.parent.glob("rope/*.json")):
@@ -86,5 +86,5 @@ def of_run(directory: Path, name: str) -> Path:
             return path
     raise UserError(
         f"evaluation.more_variants.{name}: no manifest in {merged.parent}/rope is the one that "
-        f"{merged} was made with; bring that run up to date first"
+        f"{merged} was made with; update that run first"
     )
