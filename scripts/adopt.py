@@ -76,7 +76,7 @@ def check(source: Path, directory: Path, base: dict, rope: RopeRecord) -> dict:
     """
     from transformers.utils import logging
 
-    from longyarn.models import external
+    from longyarn.models import external, external_weights
     from longyarn.models.loading import read_base_config
 
     logging.set_verbosity_error()
@@ -90,11 +90,11 @@ def check(source: Path, directory: Path, base: dict, rope: RopeRecord) -> dict:
         external.check_rope(own, rope, source)
     external.check_tokenizer(source, directory, trust)
     if (source / ADAPTER_CONFIG).is_file():
-        adapter = external.check_adapter(source, directory, config)
+        adapter = external_weights.check_adapter(source, directory, config)
         parameters = adapter.pop("parameters")
     else:
         check_complete(source, [])
-        adapter, parameters = None, external.check_whole(source, directory, config)
+        adapter, parameters = None, external_weights.check_whole(source, directory, config)
     if not rope_is_known:
         print(
             "adopt: warning: no config.json lies beside the adapter, so nothing shows the RoPE that it was "

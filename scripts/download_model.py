@@ -1,7 +1,10 @@
-"""Bring the base model: from a local directory, or from the Hugging Face hub at a pinned revision.
+r"""Take the base model from a local directory, or download it from the Hugging Face hub.
 
-Only safetensors, the configuration and the tokenizer are taken. Every file is checked: against the
-hub's hash where it comes from there, and for being whole in any case.
+    python scripts/download_model.py --source resources/micro-base --cache .cache \
+        --manifest results/micro/base.json --output results/micro/base
+
+Only safetensors, the configuration and the tokenizer are taken. Every file is checked for completeness. A
+file from the hub is also compared with the hub's hash.
 """
 
 import argparse
@@ -16,7 +19,9 @@ from longyarn.models.source_files import check_code, check_complete, is_local, n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--source", required=True, help="local directory or hub repository")
     parser.add_argument("--revision", default="", help="hub commit, or a branch or tag of it")
     parser.add_argument(
@@ -31,7 +36,7 @@ def main() -> None:
     if is_local(arguments.source):
         source = located(arguments.source)
         if not source.is_dir():
-            raise UserError(f"model.source {arguments.source} is not a directory; mend the path")
+            raise UserError(f"model.source {arguments.source} is not a directory; correct the path")
     else:
         source, commit = from_hub(
             arguments.source, arguments.revision, arguments.cache, arguments.trust_remote_code
@@ -65,17 +70,17 @@ def main() -> None:
 
 
 def from_hub(repository: str, revision: str, cache: Path, code: bool) -> tuple[Path, str]:
-    """Return the directory and the commit of a model of the hub, brought whole into the cache."""
+    """Download a model from the hub into the cache; return its directory and its commit."""
     found = hub.find(repository, revision, cache)
     if found.commit != revision:
         print(
-            f"model.revision {revision} of {repository} is today the commit {found.commit}, which this run "
-            "has; to have it again, write it in place of the name",
+            f"model.revision {revision} of {repository} is commit {found.commit} today, and this run uses "
+            "it; to use the same commit again, write it in place of the name",
             file=sys.stderr,
         )
     if not found.online:
         print(f"the hub is out of reach; {repository} is taken from {cache}", file=sys.stderr)
-    return hub.bring(found, code), found.commit
+    return hub.download(found, code), found.commit
 
 
 if __name__ == "__main__":

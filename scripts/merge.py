@@ -1,24 +1,23 @@
-"""Merge what was trained into the base model: safetensors in, safetensors out, a block at a time.
+r"""Merge what was trained into the base model: safetensors in, safetensors out, a block at a time.
 
-A LoRA delta is added in float32 and the sum cast once; a tensor that was trained whole replaces the
-base's. In memory are some rows of one tensor, or the whole of one that was trained whole, whatever the
-model's size. What the cast takes of a change is measured. The merged directory carries its RoPE, tokenizer
-and generation settings, and loads with plain transformers. A merge that was killed goes on with the shards
-that are not written yet.
+    python scripts/merge.py --base results/micro/base.json --rope results/micro/rope/yarn.json \
+        --train results/micro/trained.json --threads 1 --work .work \
+        --manifest results/micro/merged.json --output results/micro/merged
+
+The merged directory has its RoPE, tokenizer and generation settings, and loads with plain transformers. The
+manifest holds the largest relative rounding error of an update. A merge that was killed resumes with the
+shards that are not written yet.
 """
 
 import argparse
 import json
-import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from longyarn.core import attempts, manifest, tensorfile
 from longyarn.core.code_hash import code_hash
 from longyarn.core.console import progress
-from longyarn.core.errors import UserError, program
+from longyarn.core.errors import program
 from longyarn.core.files import (
     link_or_copy,
     new_directory,
@@ -28,60 +27,25 @@ from longyarn.core.files import (
     write_json,
 )
 from longyarn.core.torch_setup import set_up_torch
-from longyarn.models import lora_files
+from longyarn.models.merging import KINDS, Merge, RoundingError, is_written, worst
 from longyarn.models.source_files import tensor_files
 from longyarn.rope.record import RopeRecord
 
-BLOCK = 1 << 22  # elements that are in memory at once, in float32
-KINDS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
-    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
-    parser.add_argument("--train", type=Path, required=True, help="manifest of what was trained")
-    parser.add_argument("--dtype", choices=KINDS, help="of the weights; default: the base's own")
-    parser.add_argument("--threads", type=int, required=True, help="CPU threads")
-    parser.add_argument("--work", type=Path, required=True, help="root of work directories")
-    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
-    arguments = parser.parse_args()
+    arguments = parse()
     set_up_torch(arguments.threads)
-
-    base = manifest.read(arguments.base)
-    rope = RopeRecord.read(arguments.rope)
-    train = manifest.read(arguments.train)
+    base, train = manifest.read(arguments.base), manifest.read(arguments.train)
+    rope, mode = RopeRecord.read(arguments.rope), train["facts"]["mode"]
     source = arguments.base.parent / base["facts"]["directory"]
     trained = arguments.train.parent / train["facts"]["directory"]
-    base_tensors = tensors(tensor_files(source))
-    weights = source if train["facts"]["mode"] == "lora" else trained
-    shards = tensor_files(weights)
-    if weights == source:
-        shapes = {name: place.shape for name, (_, place) in base_tensors.items()}
-        changes = lora_files.read(trained, shapes)
-    else:
-        changes = lora_files.replacements(tensors(shards), base_tensors)
-    for name in changes:
-        if base_tensors[name][1].kind not in tensorfile.TORCH:
-            raise UserError(
-                f"{name} of the base is of type {base_tensors[name][1].kind}, to which no change can be "
-                "added; take a base that is not quantised"
-            )
-    merge = Merge(changes, base_tensors, arguments.dtype)
+    weights = source if mode == "lora" else trained  # whose shards the merged model has
+    merge = Merge.of(source, trained, mode, arguments.dtype)
 
-    work = attempts.directory(arguments.work, identity(arguments))
-    work.mkdir(parents=True, exist_ok=True)
-    attempts.record(work, identity(arguments))
-    missing = [shard for shard in shards if not written(work / shard.name)]
-    require_space(work, sum(map(merge.size, missing)), "the merged model")
-    if work.stat().st_dev != arguments.output.parent.stat().st_dev:
-        require_space(arguments.output.parent, sum(map(merge.size, shards)), "the merged model")
-    loss = Loss()
-    for shard in progress(shards, len(shards), "merge"):
-        loss = loss.or_worse(merge.once(shard, work / shard.name))
+    work = begin(arguments)
+    error = write_shards(merge, tensor_files(weights), work, arguments.output.parent)
     with new_directory(arguments.output) as directory:
-        for shard in shards:
+        for shard in tensor_files(weights):
             link_or_copy(work / shard.name, directory / shard.name)
         copy_index(weights, directory)
         copy_rest(source, directory, rope, arguments.dtype)
@@ -94,139 +58,69 @@ def main() -> None:
         files=files,
         facts={
             "directory": arguments.output.name,
-            # What a later phase is trained from; the run's directory tells which model this is.
+            # A later phase trains from this model; the run's directory tells which model it is.
             "source": f"{arguments.output.parent.name}/{arguments.output.name}",
             "revision": None,
-            "mode": train["facts"]["mode"],
-            "merge_error": loss.share,
-            "merge_error_tensor": loss.tensor,
+            "mode": mode,
+            "merge_error": error.relative,
+            "merge_error_tensor": error.tensor,
             "trust_remote_code": base["facts"]["trust_remote_code"],
             "bytes": sum(file.stat().st_size for file in files),
         },
     )
-    shutil.rmtree(work, ignore_errors=True)  # linked from the payload, or copied there
+    shutil.rmtree(work, ignore_errors=True)  # the payload has links or copies of its files
 
 
-def identity(arguments: argparse.Namespace) -> dict:
-    """Return what defines the merged shards, and the run, whose attempts share a work directory."""
-    return {
+def parse() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
+    parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
+    parser.add_argument("--train", type=Path, required=True, help="manifest of what was trained")
+    parser.add_argument("--dtype", choices=KINDS, help="type of the weights; default: the base's")
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads")
+    parser.add_argument("--work", type=Path, required=True, help="root of work directories")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest to write")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the payload")
+    return parser.parse_args()
+
+
+def begin(arguments: argparse.Namespace) -> Path:
+    """Return the work directory, which an earlier attempt at the same merge may have filled.
+
+    It is named by what defines the merged shards, and by the run.
+    """
+    identity = {
         "run": str(arguments.manifest),
         "code": code_hash(Path(__file__)),
         "base": sha256(arguments.base),
         "train": sha256(arguments.train),
         "dtype": arguments.dtype,
     }
+    work = attempts.directory(arguments.work, identity)
+    work.mkdir(parents=True, exist_ok=True)
+    attempts.record(work, identity)
+    return work
 
 
-def tensors(files: list[Path]) -> dict[str, tuple[Path, tensorfile.Place]]:
-    """Return where each tensor of a model lies, its file and its place there, by name."""
-    return {
-        name: (file, place) for file in files for name, place in tensorfile.header(file).items()
-    }
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The share of a change that the cast took, ‖new − wanted‖ / ‖wanted − old‖, and in which tensor.
-
-    A change of less than half the last bit is lost whole, so 1 means that nothing was learnt.
-    """
-
-    share: float = 0.0
-    tensor: str | None = None
-
-    def or_worse(self, other: "Loss") -> "Loss":
-        """Return the larger of two losses."""
-        return other if other.share > self.share else self
-
-
-def written(shard: Path) -> bool:
-    """Tell whether an attempt before has written a shard: its record comes last, and has its size."""
-    record = shard.with_suffix(".json")
-    return (
-        record.is_file() and shard.is_file() and read_json(record)["size"] == shard.stat().st_size
+def write_shards(merge: Merge, shards: list[Path], work: Path, results: Path) -> RoundingError:
+    """Write the merged shards that are missing in ``work``; return the largest rounding error."""
+    missing = [shard for shard in shards if not is_written(work / shard.name)]
+    require_space(work, sum(map(merge.size, missing)), "the merged model")
+    if work.stat().st_dev != results.stat().st_dev:
+        require_space(results, sum(map(merge.size, shards)), "the merged model")
+    return worst(
+        [
+            merge.write_once(shard, work / shard.name)
+            for shard in progress(shards, len(shards), "merge")
+        ]
     )
 
 
-@dataclass(frozen=True)
-class Merge:
-    """What becomes of a model's shards: ``changes`` of the ``base`` by name, cast to ``dtype``.
-
-    Without a dtype each tensor has its type in the base, where that has it.
-    """
-
-    changes: dict[str, lora_files.Lazy]
-    base: dict[str, tuple[Path, tensorfile.Place]]
-    dtype: str | None
-
-    def kind(self, name: str, place: tensorfile.Place) -> str:
-        """Return the type that a tensor is cast to; only what training could have is cast."""
-        old = self.base[name][1] if name in self.changes else place
-        return KINDS[self.dtype] if self.dtype and old.kind in tensorfile.TORCH else old.kind
-
-    def size(self, shard: Path) -> int:
-        """Return the bytes of a shard when it is cast."""
-        return sum(
-            tensorfile.WIDTHS[self.kind(name, place)] * math.prod(place.shape)
-            for name, place in tensorfile.header(shard).items()
-        )
-
-    def once(self, source: Path, target: Path) -> Loss:
-        """Write a shard that is not written yet; return the largest share lost in it."""
-        record = target.with_suffix(".json")
-        if not written(target):
-            loss = self.shard(source, target)
-            size = target.stat().st_size
-            write_json(record, {"share": loss.share, "tensor": loss.tensor, "size": size})
-        found = read_json(record)
-        return Loss(found["share"], found["tensor"])
-
-    def shard(self, source: Path, target: Path) -> Loss:
-        """Write a shard of what is merged; return the largest share of a change that was lost in it."""
-        losses: list[Loss] = []
-        streams = {
-            name: tensorfile.Stream(
-                self.kind(name, place), place.shape, self.rows(name, source, place, losses)
-            )
-            for name, place in tensorfile.header(source).items()
-        }
-        tensorfile.write(target, streams, tensorfile.metadata(source))
-        return max(losses, key=lambda loss: loss.share, default=Loss())
-
-    def rows(self, name: str, file: Path, place: tensorfile.Place, losses: list[Loss]) -> Iterator:
-        """Yield the bytes of a tensor, changed and cast, some rows at a time; put its loss into a list."""
-        import torch
-
-        kind, change = self.kind(name, place), None
-        if name in self.changes:
-            file, place = self.base[name]
-            change = self.changes[name]()
-        elif kind == place.kind:
-            yield from tensorfile.blocks(file, place)
-            return
-        lost = changed = 0.0
-        count, *rest = place.shape or (1,)
-        step = max(1, BLOCK // max(1, math.prod(rest)))
-        for begin in range(0, count, step):
-            old = tensorfile.torch_rows(file, place, begin, min(step, count - begin))
-            wanted = old.float()
-            if change:
-                wanted, delta = change(wanted, begin)
-                changed += float(delta.norm()) ** 2
-            new = wanted.to(getattr(torch, tensorfile.TORCH[kind]))
-            if kind == "F16" and new.isinf().any() and not wanted.isinf().any():
-                raise UserError(
-                    f"{name} has numbers that are too large for fp16; set merge.dtype to bf16 or fp32"
-                )
-            if change:
-                lost += float((new.float() - wanted).norm()) ** 2
-            yield new.contiguous().reshape(-1).view(torch.uint8).numpy()
-        if changed:
-            losses.append(Loss(math.sqrt(lost / changed), name))
-
-
 def copy_index(source: Path, directory: Path) -> None:
-    """Write the index of a model in shards, with the size that they have now."""
+    """Write the index of a sharded model, with the size of the merged shards."""
     name = "model.safetensors.index.json"
     if not (source / name).is_file():
         return
@@ -241,7 +135,7 @@ def copy_index(source: Path, directory: Path) -> None:
 
 
 def copy_rest(source: Path, directory: Path, rope: RopeRecord, dtype: str | None) -> None:
-    """Copy tokenizer and settings beside the weights and write the config with its RoPE."""
+    """Copy the tokenizer and the settings beside the weights, and write the config.json with its RoPE."""
     for file in sorted(source.glob("[!.]*")):
         if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, directory / file.name)

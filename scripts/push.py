@@ -11,6 +11,7 @@ from pathlib import Path
 from longyarn.core import manifest
 from longyarn.core.errors import UserError, program
 from longyarn.models import hub_upload
+from longyarn.models.hub_errors import hub_errors
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
             f"{arguments.gate} is of another merged model than {arguments.export}; run `snakemake` first"
         )
     directory = arguments.export.parent / exported["facts"]["directory"]
-    with hub_upload.errors(arguments.repository):
+    with hub_errors(arguments.repository, "export.repository", write=True):
         commit = hub_upload.upload(
             arguments.repository, arguments.private, directory, exported["files"]
         )

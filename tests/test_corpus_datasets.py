@@ -182,7 +182,7 @@ def refused(hub, directory: Path, wrong: dict, skip_bad=False) -> str:
 REFUSED = {
     "split": ({"split": "trein"}, "Bad split: trein. Available splits: ['train']); correct config, s"),
     "column": ({"column": "body"}, "record 0 has no column 'body'; it has 'text', 'meta', 'key'; cor"),
-    "repository": ({"repository": "an/other"}, "the hub has no data set an/other, or it is private"),
+    "repository": ({"repository": "an/other"}, "the hub does not have the data set an/other, or it is p"),
     "null": ({"revision": None}, "corpus.datasets has no revision of an/books; set the commit that y"),
     "gated": ({"repository": "an/gated", "data_files": ["*.parquet"]}, "the hub gates the data set a"),
     "files": ({"data_files": ["x/*.parquet"]}, "an/books cannot be read as configured (At least one va"),
@@ -221,11 +221,17 @@ def test_what_the_client_raises_is_one_sentence():
     at = {"repository": "an/set"}
     damaged = (pyarrow.ArrowInvalid("no JSON"), zstandard.ZstdError("cut"), EOFError("cut"))
     for error in (*damaged, exceptions.DatasetGenerationError("broken")):
-        with pytest.raises(UserError, match="an/set cannot be read"), hub_datasets.hub_errors(at):
+        with (
+            pytest.raises(UserError, match="an/set cannot be read"),
+            hub_datasets.loading_errors(at),
+        ):
             raise error
-    with pytest.raises(UserError, match="on a machine with a network"), hub_datasets.hub_errors(at):
+    with (
+        pytest.raises(UserError, match="on a machine with a network"),
+        hub_datasets.loading_errors(at),
+    ):
         raise OfflineModeIsEnabled("offline")
-    with pytest.raises(RuntimeError, match="ours"), hub_datasets.hub_errors(at):
+    with pytest.raises(RuntimeError, match="ours"), hub_datasets.loading_errors(at):
         raise RuntimeError("ours")
 
 
@@ -340,11 +346,11 @@ def test_access_is_refused_in_one_sentence(hub, tmp_path, books):
 
     fine, revision, other, licence = said()
     assert fine == "ok"
-    assert revision.startswith("the hub's data set an/books has no revision 000")
+    assert revision.startswith("the data set an/books has no revision 000")
     assert other.startswith(
-        "the hub has no data set an/no, or it is private: correct corpus.datasets"
+        "the hub does not have the data set an/no, or it is private: correct corpus.datasets"
     )
     assert licence.startswith("the hub gates the data set an/gated: accept its terms on its page")
     for line in said(HF_HUB_OFFLINE="1"):
-        assert line.startswith("the data set an/")
+        assert line.startswith("the hub did not deliver the data set an/")
         assert "run `snakemake prefetch` on a machine with a network" in line

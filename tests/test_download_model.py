@@ -133,11 +133,11 @@ def test_a_sharded_model_is_whole(model, tmp_path):
 
 
 def test_a_missing_directory(tmp_path):
-    assert "is not a directory; mend the path" in refused(tmp_path / "nowhere", tmp_path)
+    assert "is not a directory; correct the path" in refused(tmp_path / "nowhere", tmp_path)
 
 
 def test_a_file_where_a_directory_should_be(model, tmp_path):
-    assert "is not a directory; mend the path" in refused(model / "config.json", tmp_path)
+    assert "is not a directory; correct the path" in refused(model / "config.json", tmp_path)
 
 
 def test_no_config(model, tmp_path):
@@ -332,7 +332,8 @@ def test_a_connection_that_stays_cut(hub, repository, shards, tmp_path):
     hub.cut(cut, after=1000, times=100)
     sentence = hub_refusal(from_hub(hub, tmp_path, repository.commit), tmp_path)
     assert (
-        f"the hub did not give an/model at {repository.commit} (peer closed connection" in sentence
+        f"the hub did not deliver an/model at {repository.commit} (peer closed connection"
+        in sentence
     )
     assert "what came whole is kept, so run again" in sentence
     hub.heal()
@@ -437,7 +438,7 @@ def test_a_branch_is_resolved_and_said(hub, repository, shards, tmp_path):
     assert first != second
     done = from_hub(hub, tmp_path, "main")
     assert done.returncode == 0, done.stderr
-    assert f"model.revision main of an/model is today the commit {second}" in done.stderr
+    assert f"model.revision main of an/model is commit {second} today" in done.stderr
     record = check(tmp_path, shards, second)
     assert record["settings"]["revision"] == "main"
     assert from_hub(hub, tmp_path, "old").returncode == 0
@@ -458,13 +459,13 @@ NOBODY, OTHER, MINE, MADE_UP = None, "hf_other", "hf_mine", "hf_made_up"
     [
         ("a/gated", NOBODY, "accept its licence on its page, then log in with `hf auth login`"),
         ("a/gated", OTHER, "then wait for access, or use the token of an account that has it"),
-        ("a/gated", MADE_UP, "the hub does not take your token for a/gated; make a new one"),
+        ("a/gated", MADE_UP, "the hub does not accept your token for a/gated; create one"),
         ("a/gated", MINE, None),
-        ("a/private", NOBODY, "the hub has no a/private, or it is private: mend model.source"),
-        ("a/private", OTHER, "the hub has no a/private, or it is private: mend model.source"),
+        ("a/private", NOBODY, "the hub does not have a/private, or it is private: correct model.source"),
+        ("a/private", OTHER, "the hub does not have a/private, or it is private: correct model.source"),
         ("a/private", MINE, None),
-        ("no/model", NOBODY, "the hub has no no/model, or it is private: mend model.source, or log"),
-        ("a/path/mistyped", NOBODY, "neither a directory that exists nor owner/name on the hub"),
+        ("no/model", NOBODY, "the hub does not have no/model, or it is private: correct model.source, or"),
+        ("a/path/mistyped", NOBODY, "neither an existing directory nor owner/name on the hub"),
     ],
 )  # fmt: skip
 def test_access(hub, shards, tmp_path, source, token, expected):
@@ -485,7 +486,7 @@ def test_access(hub, shards, tmp_path, source, token, expected):
 @pytest.mark.parametrize("revision", ["f" * 40, "no-such-branch"])
 def test_a_revision_that_is_not_there(hub, repository, tmp_path, revision):
     sentence = hub_refusal(from_hub(hub, tmp_path, revision), tmp_path)
-    assert f"an/model has no revision {revision}; mend model.revision" in sentence
+    assert f"an/model has no revision {revision} on the hub; correct model.revision" in sentence
 
 
 def test_a_repository_without_safetensors(hub, shards, tmp_path):
@@ -506,11 +507,11 @@ def test_a_repository_without_a_shard_or_a_config(hub, shards, tmp_path):
     (shards / "config.json").unlink()
     commit = repository.push(shards)
     sentence = hub_refusal(from_hub(hub, tmp_path, commit), tmp_path)
-    assert "has no config.json, so it is no model that transformers reads" in sentence
+    assert "has no config.json, so transformers cannot load it" in sentence
 
 
 def test_the_hub_is_out_of_reach(hub, tmp_path):
     done = from_hub(hub, tmp_path, "0" * 40, HF_ENDPOINT="http://127.0.0.1:9")
     sentence = hub_refusal(done, tmp_path)
-    assert f"the hub did not give an/model at {'0' * 40}" in sentence
+    assert f"the hub did not deliver an/model at {'0' * 40}" in sentence
     assert "run `snakemake prefetch` where there is a network" in sentence

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from stages import small_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from longyarn.core import manifest
-from longyarn.models import loading, lora_files
+from longyarn.core import manifest, tensorfile
+from longyarn.models import loading, lora_files, merging
 from longyarn.rope.record import RopeRecord
 
 IDS = torch.arange(200)[None] % 97
@@ -141,10 +141,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 
 def test_a_bfloat16_base_gets_the_rounded_float32_sum(tmp_path, monkeypatch):
     """To the bit, and a block at a time: not the sum of a bfloat16 delta."""
-    import merge
-    from longyarn.core import tensorfile
-
-    monkeypatch.setattr(merge, "BLOCK", 64 * 10)
+    monkeypatch.setattr(tensorfile, "ELEMENTS", 64 * 10)
     torch.manual_seed(0)
     tensors = {"w.weight": torch.randn(64, 64).bfloat16(), "same": torch.randn(7).bfloat16()}
     save_file(tensors, tmp_path / "base.safetensors", {"format": "pt"})
@@ -156,7 +153,7 @@ def test_a_bfloat16_base_gets_the_rounded_float32_sum(tmp_path, monkeypatch):
     )
     target = tmp_path / "merged.safetensors"
     file = tmp_path / "base.safetensors"
-    merge.Merge({"w.weight": change}, merge.tensors([file]), None).shard(file, target)
+    merging.Merge({"w.weight": change}, tensorfile.tensors([file]), None).write(file, target)
     found = load_file(target)
     exact = tensors["w.weight"].double() + 0.01 * (b.double() @ a.double())
     assert torch.equal(found["w.weight"], exact.bfloat16())

@@ -118,8 +118,8 @@ def test_a_full_disk(workspace, tmp_path):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("a/gated", "the hub gates a/gated: accept its licence"),
-        ("no/model", "the hub has no no/model, or it is private: mend model.source"),
+        ("a/gated", "the hub gates a/gated: accept its terms"),
+        ("no/model", "the hub does not have no/model, or it is private: correct model.source"),
         ("an/model", None),
     ],
 )
@@ -142,7 +142,7 @@ def test_the_hub(hub, workspace, tmp_path, monkeypatch, source, expected):
     assert outcomes(done)["hub"] == f"ok: an/model at {commit}"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     sentence = refusal(workspace, workspace.snakemake(overrides=overrides, check=False))
-    assert f"the hub did not give an/model at {commit}" in sentence
+    assert f"the hub did not deliver an/model at {commit}" in sentence
     assert "offline" in sentence and "run `snakemake prefetch`" in sentence
     # What the cache has whole needs no network.
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")

@@ -12,7 +12,7 @@ from stages import edit_json, one_sentence
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
 from longyarn.core.files import read_json, sha256, write_json
-from longyarn.models import hub_upload
+from longyarn.models.hub_errors import hub_errors
 
 MINE, READER = "hf_mine", "hf_reader"
 
@@ -126,7 +126,7 @@ def test_a_card_that_the_hub_does_not_take_is_refused_before_anything_is_sent(hu
     record = read_json(made / "export.json")
     record["files"]["export/README.md"]["size"] = card.stat().st_size
     write_json(made / "export.json", record)
-    assert "the hub does not take the model card" in refused(hub, made)
+    assert "the hub does not accept the model card" in refused(hub, made)
     assert not hub.uploaded
 
 
@@ -135,14 +135,17 @@ def test_a_card_that_the_hub_does_not_take_is_refused_before_anything_is_sent(hu
     [
         (TimeoutError("the write timed out"), "the hub is out of reach"),
         (PermissionError("token refused"), "the hub does not let this token write to me/owl"),
-        (ValueError("Expecting value"), "the hub did not take me/owl"),
+        (ValueError("Expecting value"), "the hub did not accept me/owl"),
     ],
 )
 def test_what_the_hubs_client_raises_besides_is_said_of_the_hub(error, words):
     """hf_xet raises PermissionError without a number for a token; one of the disk stays the disk's."""
-    with pytest.raises(UserError, match=words), hub_upload.errors("me/owl"):
+    with (
+        pytest.raises(UserError, match=words),
+        hub_errors("me/owl", "export.repository", write=True),
+    ):
         raise error
-    with pytest.raises(PermissionError), hub_upload.errors("me/owl"):
+    with pytest.raises(PermissionError), hub_errors("me/owl", "export.repository", write=True):
         raise PermissionError(13, "Permission denied")
 
 

@@ -151,7 +151,7 @@ def _device(path: str | Path) -> int:
 
 def hub(run: Run) -> str:
     """The hub serves each model that must be downloaded, or the cache has all of it."""
-    from longyarn.models.hub import bring, find
+    from longyarn.models.hub import download, find
     from longyarn.models.source_files import is_local
 
     wanted = [run.config["model"]] if run.has(stages.DOWNLOAD_MODEL.name) else []
@@ -174,7 +174,7 @@ def hub(run: Run) -> str:
             cache = Path(run.config["paths"]["cache"])
             found = find(source, model.get("revision"), cache)
             if not found.online:
-                bring(found, code=False)
+                download(found, code=False)
         except ModuleNotFoundError as error:
             raise NotChecked(f"{error.name} is not installed beside Snakemake") from None
         told.append(f"{source} at {found.commit}{'' if found.online else ', from the cache'}")

@@ -28,6 +28,7 @@ WIDTHS |= {
 TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 ALIGNMENT = 8
 BLOCK = 1 << 24  # bytes
+ELEMENTS = 1 << 22  # in memory at once
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Place:
     def dtype(self) -> np.dtype:
         """The NumPy type; KeyError if NumPy has none."""
         return DTYPES[self.kind]
+
+
+Tensors = dict[str, tuple[Path, Place]]  # by name: the file and the place in it
 
 
 def write(
@@ -149,6 +153,14 @@ def torch_rows(path: Path, place: Place, begin: int = 0, count: int | None = Non
     return found.reshape((count, *rest) if place.shape else ())
 
 
+def row_blocks(path: Path, place: Place) -> Iterator[tuple[int, object]]:
+    """Yield ``(number of the first row, rows)`` of a tensor as torch's, some rows at a time."""
+    count, *rest = place.shape or (1,)
+    step = max(1, ELEMENTS // max(1, math.prod(rest)))
+    for begin in range(0, count, step):
+        yield begin, torch_rows(path, place, begin, min(step, count - begin))
+
+
 def header(path: Path) -> dict[str, Place]:
     """Return where each tensor of a file lies. Raises ``UserError`` if the file is broken."""
     return _header(path)[0]
@@ -157,6 +169,11 @@ def header(path: Path) -> dict[str, Place]:
 def metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a file."""
     return _header(path)[1]
+
+
+def tensors(files: Iterable[Path]) -> Tensors:
+    """Return where each tensor of several files is."""
+    return {name: (file, place) for file in files for name, place in header(file).items()}
 
 
 def _header(path: Path) -> tuple[dict[str, Place], dict[str, str]]:

@@ -17,6 +17,9 @@ from longyarn.core.files import read_json, write_json
 from longyarn.data import documents
 from longyarn.data.columns import BadRecord, characters, is_empty, to_document, value_at
 from longyarn.data.documents import Collection
+from longyarn.models.hub_errors import hub_errors, unreachable
+
+KEY = "corpus.datasets"  # in error messages
 
 # Raise it when a change of the code makes the same settings give other documents.
 VERSION = 1
@@ -56,45 +59,15 @@ def check(entry: dict) -> None:
 
 def check_access(entry: dict) -> None:
     """Raise ``UserError`` if the hub lacks a data set at its revision, or denies access to it."""
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     name, revision = entry["repository"], entry["revision"]
-    try:
+    with hub_errors(name, KEY, revision, dataset=True):
         files = HfApi().dataset_info(name, revision=revision, timeout=10).siblings
         if files:
-            # Anyone can see a gated data set's record. Asking for a file shows whether we have access.
+            # Anyone can read the record of a gated data set. Whether we have access shows at a file.
             place = {"repo_type": "dataset", "revision": revision}
             get_hf_file_metadata(hf_hub_url(name, files[0].rfilename, **place), timeout=10)
-    except GatedRepoError:
-        raise UserError(
-            f"the hub gates the data set {name}: accept its terms on its page, then log in with "
-            "`hf auth login` to an account that has access"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(
-            f"the hub's data set {name} has no revision {revision}; correct it in corpus.datasets"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"the hub has no data set {name}, or it is private: correct corpus.datasets, or log in with "
-            "`hf auth login`"
-        ) from None
-    except (HTTPError, OSError) as error:
-        raise unreachable(name, error) from None
-
-
-def unreachable(name: str, error: Exception) -> UserError:
-    """Return the error for a hub that does not answer."""
-    return UserError(
-        f"the data set {name} cannot be downloaded from the hub ({first_line(error)}); run "
-        "`snakemake prefetch` on a machine with a network: finished downloads are kept"
-    )
 
 
 def is_fetched(entry: dict, skip_bad: bool, cache: Path) -> bool:
@@ -126,7 +99,7 @@ def fetch(entry: dict, collection: Collection, directory: Path) -> dict:
     collection.bad_records = position["bad_records"]
     collection.bad_examples = list(position["bad_examples"])
     check_access(entry)
-    with hub_errors(entry):
+    with loading_errors(entry):
         stream = open_stream(entry)
         if position["stream"]:
             print(f"{entry['collection']}: continues after shard {position['shards']}", flush=True)
@@ -221,7 +194,7 @@ def matches(record: dict, wanted: dict) -> bool:
 
 
 @contextlib.contextmanager
-def hub_errors(entry: dict) -> Iterator[None]:
+def loading_errors(entry: dict) -> Iterator[None]:
     """Turn errors of the hub and of the library into ``UserError``."""
     from datasets import exceptions
     from httpx2 import HTTPError
@@ -254,7 +227,7 @@ def hub_errors(entry: dict) -> Iterator[None]:
             "under data_files in corpus.datasets"
         ) from None
     except (HTTPError, ConnectionError) as error:
-        raise unreachable(name, error) from None
+        raise unreachable(f"the data set {name}", KEY, error) from None
     except ValueError as error:
         raise UserError(
             f"{name} cannot be read as configured ({first_line(error)}); correct config, split or "

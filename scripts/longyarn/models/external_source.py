@@ -9,25 +9,22 @@ from longyarn.models.source_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def local(name: str) -> Path:
-    """Return the directory that training.source names; stop where nothing lies there."""
+    """Return the directory that training.source names; stop unless it holds an adapter or a model."""
     source = located(name)
     if not any((source / file).is_file() for file in (ADAPTER_CONFIG, "config.json")):
         raise UserError(
-            f"training.source {name} is no directory with an {ADAPTER_CONFIG} or a config.json; mend the path"
+            f"training.source {name} is not a directory with an {ADAPTER_CONFIG} or a config.json; correct "
+            "the path"
         )
     return source
 
 
 def locate(repository: str, revision: str, cache: Path) -> hub.Found:
-    """Find what was trained on the hub: an adapter or a model."""
-    try:
-        found = hub.locate(repository, revision, cache)
-        if ADAPTER_CONFIG not in found.files:
-            hub.check_it_is_a_model(found)
-    except UserError as error:  # it speaks of the base's keys
-        words = str(error).replace("model.source", "training.source")
-        raise UserError(words.replace("model.revision", "training.revision")) from None
-    if ADAPTER_CONFIG in found.files and ADAPTER_WEIGHTS not in found.files:
+    """Find an adapter or a model on the hub."""
+    found = hub.locate(repository, revision, cache, section="training")
+    if ADAPTER_CONFIG not in found.files:
+        hub.check_is_model(found)
+    elif ADAPTER_WEIGHTS not in found.files:
         raise UserError(
             f"{repository} at {found.commit} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; Longyarn "
             "reads safetensors only, so choose a revision that has them"
@@ -36,9 +33,8 @@ def locate(repository: str, revision: str, cache: Path) -> hub.Found:
 
 
 def download(repository: str, revision: str, cache: Path) -> tuple[Path, str]:
-    """Return the directory and the commit of what was trained, brought whole from the hub."""
+    """Download an adapter or a model from the hub; return its directory and its commit."""
     found = locate(repository, revision, cache)
-    brought = (
-        hub.bring_adapter(found) if ADAPTER_CONFIG in found.files else hub.bring(found, code=False)
-    )
-    return brought, found.commit
+    if ADAPTER_CONFIG in found.files:
+        return hub.download_adapter(found), found.commit
+    return hub.download(found, code=False), found.commit

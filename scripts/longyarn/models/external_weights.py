@@ -1,0 +1,198 @@
+"""Checks the weights of an externally trained model, an adapter or a whole model, against the base.
+
+An adapter has PEFT's format. A whole model is a directory that transformers loads. These checks find faults
+that would raise no error later: tensors of another model, an adapter that learned nothing, numbers that are
+not finite.
+"""
+
+import math
+from pathlib import Path
+
+from longyarn.core import tensorfile
+from longyarn.core.console import progress
+from longyarn.core.errors import UserError
+from longyarn.core.files import read_json
+from longyarn.models import lora_files
+from longyarn.models.source_files import tensor_files
+
+# Keys of adapter_config.json for kinds of LoRA that the merge cannot do; lora_files.py checks more of them.
+UNKNOWN = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config",
+    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+)  # fmt: skip
+# Initializations of an adapter that leave the base's weights unchanged.
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+HEADS = ("lm_head.weight", "embed_out.weight")  # if tied, a second name of the embedding
+
+
+def check_adapter(source: Path, base: Path, config) -> dict:
+    """Check a LoRA adapter against the base; return its ``rank``, ``alpha``, ``rslora`` and what it changes.
+
+    ``config`` is the base's transformers configuration.
+    """
+    record = read_json(source / "adapter_config.json")
+    _check_kind(record, source)
+    file = source / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"{source} has adapter_config.json but no adapter_model.safetensors; Longyarn reads safetensors "
+            "only, so convert the adapter where it was trained"
+        )
+    places = tensorfile.header(file)
+    _check_pairs(places, record["r"], file)
+    shapes = {
+        name: place.shape for name, (_, place) in tensorfile.tensors(tensor_files(base)).items()
+    }
+    changes = lora_files.read(source, shapes)
+    odd = next((name for name, place in places.items() if place.kind not in tensorfile.TORCH), None)
+    if odd:
+        raise UserError(
+            f"{file} has {odd} of type {places[odd].kind}, which is not a float's; save it as one"
+        )
+    low_rank = {_target(name) for name in places if ".lora_A." in name}
+    whole = sorted(changes.keys() - low_rank)
+    vocabulary = [name for name in whole if shapes[name][0] == config.vocab_size]
+    if vocabulary and config.tie_word_embeddings and not record.get("ensure_weight_tying"):
+        raise UserError(
+            f"the adapter trained {vocabulary[0]} apart from the output head, which in this base is the same "
+            "tensor; train without the embeddings, or with PEFT's ensure_weight_tying"
+        )
+    for name, place in progress(places.items(), len(places), "adopt"):
+        norm = math.hypot(
+            *(float(rows.float().norm()) for _, rows in tensorfile.row_blocks(file, place))
+        )
+        if not math.isfinite(norm) or norm == 0:
+            raise UserError(
+                f"{file} has {name} of norm {norm:g}, so nothing was learnt there, or too much; train longer "
+                "or with another learning rate"
+            )
+    return {
+        "parameters": sum(math.prod(place.shape) for place in places.values()),
+        "rank": record["r"],
+        "alpha": record["lora_alpha"],
+        "rslora": bool(record.get("use_rslora")),
+        "low_rank": _leaves(low_rank),
+        "whole": _leaves(whole),
+    }
+
+
+def _check_kind(record: dict, source: Path) -> None:
+    file = source / "adapter_config.json"
+    if record.get("peft_type") != "LORA":
+        raise UserError(
+            f"{file} is of an adapter of type {record.get('peft_type')}; Longyarn merges LoRA, so train one"
+        )
+    for key in UNKNOWN:
+        if record.get(key):
+            raise UserError(f"the adapter uses {key}, which Longyarn's merge does not know")
+    start = record.get("init_lora_weights", True)
+    if start not in STARTS:
+        raise UserError(
+            f"the adapter started from init_lora_weights {start!r}, which changed the base's weights, so it "
+            "does not fit the base; train from PEFT's default"
+        )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(record.get(key), int | float) or record[key] <= 0:
+            raise UserError(
+                f"{file} has {key} {record.get(key)!r}, where a positive number is needed"
+            )
+
+
+def _check_pairs(places: dict[str, tensorfile.Place], rank: int, file: Path) -> None:
+    """Stop unless each low-rank tensor is an A of this rank with its B, or the other way round."""
+    for name, place in places.items():
+        if "lora_" not in name:
+            continue
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise UserError(
+                f"{file} has {name}, which is no low-rank change of a linear layer and unknown to Longyarn's "
+                "merge; train linear layers alone"
+            )
+        a = ".lora_A." in name
+        other = name.replace(".lora_A.", ".lora_B.") if a else name.replace(".lora_B.", ".lora_A.")
+        if other not in places:
+            raise UserError(
+                f"{file} has {name} but not {other}; it was saved wrongly, so save it again"
+            )
+        if len(place.shape) != 2 or place.shape[0 if a else 1] != rank:
+            raise UserError(
+                f"{file} has {name} of shape {place.shape}, which is not of the rank {rank} in "
+                "adapter_config.json; it was saved wrongly, so save it again"
+            )
+
+
+def _target(name: str) -> str:
+    return name.removeprefix(lora_files.PREFIX).replace(".lora_A.", ".")
+
+
+def _leaves(names) -> list[str]:
+    """Return the last part of the modules' names: q_proj for model.layers.0.self_attn.q_proj.weight."""
+    return sorted({name.split(".")[-2] for name in names})
+
+
+def check_whole(source: Path, base: Path, config) -> int:
+    """Check a whole model tensor by tensor against the base; return how many parameters it has.
+
+    ``config`` is the base's transformers configuration.
+    """
+    own, expected = (
+        {
+            name: found
+            for name, found in tensorfile.tensors(tensor_files(place)).items()
+            if not is_computed(name, config)
+        }
+        for place in (source, base)
+    )
+    for name in sorted(own.keys() ^ expected.keys()):
+        where = "lacks" if name in expected else "has"
+        raise UserError(
+            f"the model in {source} {where} {name}, which the base {'has' if name in expected else 'lacks'}; "
+            "it is another model, or was saved wrongly"
+        )
+    for name, (file, place) in own.items():
+        if place.shape != expected[name][1].shape:
+            raise UserError(
+                f"{file} has {name} of shape {place.shape} where the base has {expected[name][1].shape}; it "
+                "is another model, or tokens were added"
+            )
+        if (place.kind in tensorfile.TORCH) != (expected[name][1].kind in tensorfile.TORCH):
+            raise UserError(
+                f"{file} has {name} of type {place.kind} where the base has {expected[name][1].kind}; save "
+                "it unquantised"
+            )
+    changed = False
+    for name, (file, place) in progress(own.items(), len(own), "adopt"):
+        if place.kind in tensorfile.TORCH:
+            changed |= _compare(name, file, place, *expected[name], looked=changed)
+    if not changed:
+        raise UserError(f"the model in {source} is the base itself; mend training.source")
+    return sum(math.prod(place.shape) for _, place in own.values())
+
+
+def is_computed(name: str, config) -> bool:
+    """Tell whether a model has a tensor whether or not it is saved: it follows from others, or the RoPE."""
+    tied = config.tie_word_embeddings and name in HEADS
+    return bool(tied) or name.endswith(".rotary_emb.inv_freq")
+
+
+def _compare(
+    name: str,
+    file: Path,
+    place: tensorfile.Place,
+    base_file: Path,
+    base: tensorfile.Place,
+    looked: bool,
+) -> bool:
+    """Stop at a number that is not finite; tell whether a tensor differs, unless one was ``looked`` at."""
+    changed = looked
+    pairs = zip(
+        tensorfile.row_blocks(file, place), tensorfile.row_blocks(base_file, base), strict=True
+    )
+    for (_, rows), (_, old) in pairs:
+        if not rows.isfinite().all():
+            raise UserError(
+                f"{file} has numbers in {name} that are not finite, so training diverged; train again with a "
+                "lower learning rate"
+            )
+        changed = changed or not rows.equal(old.to(rows.dtype))
+    return changed
