@@ -67,7 +67,7 @@ def test_a_missing_source_is_said_before_the_first_job(workspace):
     done = workspace.snakemake(overrides={"training": {"source": "./nowhere"}}, check=False)
     assert done.returncode == 1 and not list(workspace.directory.rglob("results/**/*.json"))
     error = next(line for line in done.stdout.splitlines() if line.startswith("error: "))
-    assert "training.source ./nowhere is no directory" in one_sentence(error)
+    assert "training.source ./nowhere is not a directory" in one_sentence(error)
 
 
 @pytest.mark.parametrize("source", ["trained", "merged", "export", "mine/deep", "."])

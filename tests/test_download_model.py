@@ -514,4 +514,4 @@ def test_the_hub_is_out_of_reach(hub, tmp_path):
     done = from_hub(hub, tmp_path, "0" * 40, HF_ENDPOINT="http://127.0.0.1:9")
     sentence = hub_refusal(done, tmp_path)
     assert f"the hub did not deliver an/model at {'0' * 40}" in sentence
-    assert "run `snakemake prefetch` where there is a network" in sentence
+    assert "run `snakemake prefetch` on a machine with a network" in sentence
