@@ -1,8 +1,12 @@
-"""Take a model that was trained elsewhere, an adapter or all weights, in place of training.
+r"""Take an externally trained model, an adapter or all weights, in place of training.
 
-What comes after goes on as if it had been trained here, so all is checked first that would be wrong in
-silence: safetensors alone, names and shapes of the base, finite numbers, its tokenizer, and the RoPE of
-this run. What training here would know and nothing here shows, such as steps, is null in the manifest.
+    python scripts/adopt.py --base results/micro/base.json --rope results/micro/rope/yarn.json \
+        --source trained-elsewhere --cache .cache \
+        --manifest results/micro/trained.json --output results/micro/trained
+
+The stages after this one run as if the model had been trained here. So this stage checks what would raise
+no error later: safetensors only, names and shapes of the base, finite numbers, the base's tokenizer, and the
+RoPE of this run. Facts that only training here would show, such as steps, are null in the manifest.
 """
 
 import argparse
@@ -24,7 +28,9 @@ from longyarn.rope.record import RopeRecord
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, required=True, help="manifest of the base model")
     parser.add_argument("--rope", type=Path, required=True, help="manifest of the RoPE settings")
     parser.add_argument("--source", required=True, help="local directory or hub repository")
@@ -70,7 +76,7 @@ def main() -> None:
 
 
 def check(source: Path, directory: Path, base: dict, rope: RopeRecord) -> dict:
-    """Check what was trained against the base in ``directory``; return what is known of it.
+    """Check what was trained against the base in ``directory``; return the facts that this shows.
 
     ``base`` holds the facts of the base's manifest.
     """
@@ -97,8 +103,8 @@ def check(source: Path, directory: Path, base: dict, rope: RopeRecord) -> dict:
         adapter, parameters = None, external_weights.check_whole(source, directory, config)
     if not rope_is_known:
         print(
-            "adopt: warning: no config.json lies beside the adapter, so nothing shows the RoPE that it was "
-            "trained with",
+            "adopt: warning: there is no config.json beside the adapter, so the RoPE that it was trained "
+            "with is unknown",
             file=sys.stderr,
         )
     return {
@@ -110,13 +116,13 @@ def check(source: Path, directory: Path, base: dict, rope: RopeRecord) -> dict:
 
 
 def publish(source: Path, directory: Path, base: dict) -> None:
-    """Put what was trained where training would have put it; ``base``: the base's facts."""
+    """Put what was trained where training would have put it. ``base`` holds the base's facts."""
     if not (source / ADAPTER_CONFIG).is_file():
         files = [*tensor_files(source), *source.glob("model.safetensors.index.json")]
     else:
         files = [source / ADAPTER_WEIGHTS]
         record = read_json(source / ADAPTER_CONFIG)
-        # A path of another machine says nothing here.
+        # A path of another machine has no meaning here.
         record["base_model_name_or_path"] = base["source"]
         record["revision"] = base["revision"]
         write_json(directory / ADAPTER_CONFIG, record)

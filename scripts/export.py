@@ -1,8 +1,14 @@
-"""Make the directory to publish: the merged model in forms that other software reads, with a model card.
+r"""Write the directory to publish: the merged model with a model card, readable by older software too.
 
-The weights are linked from the merged model, and cost no disk. config.json carries its RoPE in today's form
-and in that before transformers 5; the stage loads it back, and stops unless it turns as the RoPE manifest
-says. The card comes from report.json, so that equal runs have equal cards.
+    python scripts/export.py --merge results/micro/merged.json --rope results/micro/rope/yarn.json \
+        --report results/micro/report.json --thresholds null \
+        --settings '{"name": null, "license": null, "language": []}' \
+        --template resources/card.md.jinja \
+        --manifest results/micro/export.json --output results/micro/export
+
+The weights are linked from the merged model and take no disk space. config.json has its RoPE in the current
+form and in the form before transformers 5. The stage loads it again, and stops unless it rotates as the RoPE
+manifest says. The card is made from report.json, so equal runs have equal cards.
 """
 
 import argparse
@@ -23,7 +29,9 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--merge", type=Path, required=True, help="manifest of the merged model")
     parser.add_argument("--rope", type=Path, required=True, help="manifest of its RoPE settings")
     parser.add_argument("--report", type=Path, required=True, help="report.json of the run")
@@ -79,7 +87,7 @@ def main() -> None:
 
 
 def config_for_all(source: Path, rope: RopeRecord, trust_remote_code: bool) -> dict:
-    """Return the config.json of the merged model with its RoPE in both forms."""
+    """Return the merged model's config.json with its RoPE in both forms."""
     from transformers import AutoConfig
 
     loaded = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -89,7 +97,7 @@ def config_for_all(source: Path, rope: RopeRecord, trust_remote_code: bool) -> d
 
 
 def write_rest(directory: Path, config: dict) -> None:
-    """Write the tokenizer's settings for all versions, and generation settings where there are none."""
+    """Write tokenizer settings that all versions read, and generation settings if there are none."""
     tokenizer = directory / "tokenizer_config.json"
     if tokenizer.is_file():
         write_json(tokenizer, transformers4.tokenizer_keys(read_json(tokenizer)))
@@ -107,20 +115,21 @@ def check(directory: Path, rope: RopeRecord, trust_remote_code: bool) -> None:
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     try:
         rope.check_config(config, Path("config.json"))
-        with torch.device("meta"):  # the weights take no memory
+        with torch.device("meta"):  # without memory for the weights
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        rotary = [one for one in model.modules() if hasattr(one, "inv_freq")]
-        if trust_remote_code and not all(hasattr(one, "config") for one in rotary):
+        rotary = [part for part in model.modules() if hasattr(part, "inv_freq")]
+        if trust_remote_code and not all(hasattr(part, "config") for part in rotary):
             print(
-                "export: RoPE is built by the model's own code, and not compared", file=sys.stderr
+                "export: the model's own code builds its RoPE, so it is not compared",
+                file=sys.stderr,
             )
             return
-        built = torch.nn.ModuleList(type(one)(one.config) for one in rotary)
+        built = torch.nn.ModuleList(type(part)(part.config) for part in rotary)
         rope.check_model(built)
     except UserError as error:
         raise UserError(
             f"the exported config.json of a {config.model_type} model would not run as it was trained "
-            f"({error}); publish the merged model instead, whose RoPE is in transformers 5's form alone"
+            f"({error}); publish the merged model instead, whose RoPE has only transformers 5's form"
         ) from None
 
 

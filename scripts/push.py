@@ -1,7 +1,10 @@
-"""Push the exported model to the Hugging Face hub, in one commit, and compare what is there then.
+r"""Push the exported model to the Hugging Face hub in one commit, and compare the files there with ours.
 
-The repository is made where there is none. A token is found as huggingface_hub finds it: HF_TOKEN, or
-`hf auth login`. Only a run that passed the gate is pushed.
+    python scripts/push.py --export results/micro/export.json --gate results/micro/verified.json \
+        --repository owner/name --manifest results/micro/push.json
+
+The repository is created if it is missing. The token is the one that huggingface_hub finds: HF_TOKEN, or
+that of `hf auth login`. Only a run that passed the gate is pushed.
 """
 
 import argparse
@@ -15,7 +18,9 @@ from longyarn.models.hub_errors import hub_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--export", type=Path, required=True, help="manifest of the exported model")
     parser.add_argument("--gate", type=Path, required=True, help="manifest of the gate")
     parser.add_argument("--repository", required=True, help="owner/name on the hub, empty for none")
@@ -26,7 +31,7 @@ def main() -> None:
     exported, gate = manifest.read(arguments.export), manifest.read(arguments.gate)
     if gate["inputs"]["merge"] != exported["inputs"]["merge"]:
         raise UserError(
-            f"{arguments.gate} is of another merged model than {arguments.export}; run `snakemake` first"
+            f"{arguments.gate} belongs to another merged model than {arguments.export}; run `snakemake` first"
         )
     directory = arguments.export.parent / exported["facts"]["directory"]
     with hub_errors(arguments.repository, "export.repository", write=True):

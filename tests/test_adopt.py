@@ -205,7 +205,7 @@ def test_a_rope_that_transformers_4_kept_and_did_not_read_is_refused(made, tmp_p
     source = shutil.copytree(made / "whole", tmp_path / "whole")
     edit_json(source / "config.json", transformers_version="4.57.6")
     said = refusal(adopt, *arguments(made, source, tmp_path))
-    assert "of transformers 4.57.6 and has no rope_scaling" in said
+    assert "by transformers 4.57.6 and has no rope_scaling" in said
 
 
 def test_a_tokenizer_that_cannot_be_read_is_one_sentence(made, tmp_path):
@@ -257,7 +257,7 @@ def test_a_wrong_length_and_another_model_are_refused(made, tmp_path):
     assert "(max_position_embeddings 1024, not 512)" in said
     edit_json(source / "config.json", max_position_embeddings=512, model_type="mistral")
     said = refusal(adopt, *arguments(made, source, tmp_path))
-    assert "model_type mistral where the base has llama" in said
+    assert "model_type mistral, but the base has llama" in said
 
 
 def edit_tensors(file, **changes):
@@ -274,9 +274,9 @@ NORM = "model/norm/weight"
     [
         ({NORM: None}, "lacks model.norm.weight, which the base has"),
         ({"odd/weight": torch.ones(2)}, "has odd.weight, which the base lacks"),
-        ({NORM: torch.ones(33)}, "of shape (33,) where the base has (32,)"),
+        ({NORM: torch.ones(33)}, "of shape (33,), but the base has (32,)"),
         ({NORM: torch.full((32,), torch.nan)}, "not finite"),
-        ({NORM: torch.ones(32, dtype=torch.int8)}, "unquantised"),
+        ({NORM: torch.ones(32, dtype=torch.int8)}, "without quantization"),
     ],
 )
 def test_a_whole_model_that_does_not_fit_is_refused(made, tmp_path, spoil, words):
@@ -304,7 +304,7 @@ def test_the_base_itself_and_pickled_weights_are_refused(made, tmp_path):
         ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed the base"),
         ({"peft_type": "OFT"}, "an adapter of type OFT"),
-        ({"r": 8}, "not of the rank 8"),
+        ({"r": 8}, "does not have the rank 8"),
         ({"lora_alpha": None}, "has lora_alpha None"),
     ],
 )

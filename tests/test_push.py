@@ -151,7 +151,7 @@ def test_what_the_hubs_client_raises_besides_is_said_of_the_hub(error, words):
 
 def test_the_gate_of_another_model_is_refused(hub, made):
     edit_json(made / "verified.json", inputs={"merge": "0" * 64})
-    assert "is of another merged model" in refused(hub, made)
+    assert "belongs to another merged model" in refused(hub, made)
     assert not hub.requests
 
 

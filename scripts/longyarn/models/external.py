@@ -18,28 +18,28 @@ OF_THE_MODEL = ("model_type", "num_attention_heads", "num_key_value_heads", "tie
 
 
 def check_rope(config, rope: RopeRecord, source: Path) -> None:
-    """Stop where a transformers configuration has another RoPE than the manifest; name each key."""
+    """Stop if a transformers configuration has another RoPE than the manifest; name each key that differs."""
     check_parameters(dict(config.rope_parameters))
     theirs = _comparable(config.rope_parameters, config.max_position_embeddings)
     ours = _comparable(rope.rope_parameters, rope.max_position_embeddings)
     if rope.full_attention:
         ours["sliding_window"], theirs["sliding_window"] = None, config.sliding_window
     odd = [key for key in ours if not _same(theirs.get(key), ours[key])]
-    if "rope_type" in odd:  # the others differ with it
+    if "rope_type" in odd:  # the other keys differ because of it
         odd = ["rope_type"]
-    if "factor" in odd and "attention_factor" in odd:  # which follows from it
+    if "factor" in odd and "attention_factor" in odd:  # it follows from factor
         odd.remove("attention_factor")
     if odd:
         said = ", ".join(f"{key} {_shown(theirs.get(key))}, not {_shown(ours[key])}" for key in odd)
         raise UserError(
             f"{source / 'config.json'} says that the model was trained with another RoPE than this run's "
-            f"({said}); train it from this run's export, with no RoPE option of the framework, or set "
-            "section rope to what it was trained with"
+            f"({said}); train it from this run's export, without any RoPE option of the framework, or set "
+            "section rope to the RoPE it was trained with"
         )
 
 
 def _comparable(parameters: dict, length: int) -> dict:
-    """Return RoPE settings with what is left out filled in, so that equal ones compare as equal."""
+    """Return RoPE settings with defaults filled in, so that equal settings compare as equal."""
     known = KNOWN_PARAMETERS[parameters["rope_type"]] - {"mscale", "mscale_all_dim"}
     found = {key: parameters.get(key, DEFAULTS.get(key)) for key in sorted(known)}
     if "attention_factor" in known:
@@ -58,50 +58,50 @@ def _shown(value) -> str:
 
 
 def check_version(record: dict, rope: RopeRecord, source: Path) -> None:
-    """Stop where transformers 4 saved a config.json with a RoPE that it does not read, but keeps."""
+    """Stop if transformers 4 saved a config.json with rope_parameters, which it keeps but does not read."""
     scaled = rope.rope_parameters["rope_type"] != "default"
     old = str(record.get("transformers_version", "")).startswith("4.")
     if scaled and old and not record.get("rope_scaling"):
         raise UserError(
-            f"{source / 'config.json'} is of transformers {record['transformers_version']} and has no "
+            f"{source / 'config.json'} was saved by transformers {record['transformers_version']} and has no "
             "rope_scaling, so the model was trained without this run's RoPE; train it from this run's "
-            "export, with transformers 5 where that says so"
+            "export, and with transformers 5 if the export says so"
         )
 
 
 def check_model(config, base, source: Path) -> None:
-    """Stop where a transformers configuration is of another model than the base's."""
+    """Stop if a transformers configuration belongs to another model than the base."""
     for key in OF_THE_MODEL:
         own, expected = getattr(config, key, None), getattr(base, key, None)
         if own != expected:
             raise UserError(
-                f"{source / 'config.json'} has {key} {own} where the base has {expected}; it is another "
-                "model, so mend training.source or model.source"
+                f"{source / 'config.json'} has {key} {own}, but the base has {expected}; it is another "
+                "model, so correct training.source or model.source"
             )
 
 
 def check_tokenizer(source: Path, base: Path, trust_remote_code: bool) -> None:
-    """Stop where a tokenizer lies beside what was trained, and its vocabulary is not the base's."""
+    """Stop if the directory ``source`` has a tokenizer whose vocabulary is not the base's."""
     file = source / "tokenizer.json"
     same = (base / "tokenizer.json").is_file() and file.is_file()
     if same and sha256(file) == sha256(base / "tokenizer.json"):
         return
     if not file.is_file() and not list(source.glob("tokenizer*.model*")):
         return
-    # Not through models.load_tokenizer: an adapter has no model's config.json beside it.
+    # loading.load_tokenizer needs the model's config.json, which an adapter does not have beside it.
     from transformers import AutoTokenizer
 
     expected = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code).get_vocab()
     try:
         own = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).get_vocab()
-    except Exception as error:  # the tokenizers library raises nothing more special
+    except Exception as error:  # the tokenizers library raises no more specific type
         raise UserError(
             f"the tokenizer in {source}, which training.source names, cannot be loaded "
-            f"({first_line(error)}); restore its files there, or take them away if it is the base's"
+            f"({first_line(error)}); restore its files there, or remove them if it is the base's tokenizer"
         ) from None
     if own != expected:
         raise UserError(
             f"the tokenizer in {source} has another vocabulary than the base ({len(own)} and "
-            f"{len(expected)} tokens), so what was trained read other tokens; train from this run's export, "
-            "and add no token"
+            f"{len(expected)} tokens), so training saw other tokens; train from this run's export, and do "
+            "not add tokens"
         )

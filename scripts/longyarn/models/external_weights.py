@@ -26,9 +26,10 @@ HEADS = ("lm_head.weight", "embed_out.weight")  # if tied, a second name of the 
 
 
 def check_adapter(source: Path, base: Path, config) -> dict:
-    """Check a LoRA adapter against the base; return its ``rank``, ``alpha``, ``rslora`` and what it changes.
+    """Check a LoRA adapter against the base; return its size, its settings and what it changes.
 
-    ``config`` is the base's transformers configuration.
+    ``config`` is the base's transformers configuration. The keys ``low_rank`` and ``whole`` name the
+    modules that have a LoRA update and those that were trained whole.
     """
     record = read_json(source / "adapter_config.json")
     _check_kind(record, source)
@@ -47,15 +48,15 @@ def check_adapter(source: Path, base: Path, config) -> dict:
     odd = next((name for name, place in places.items() if place.kind not in tensorfile.TORCH), None)
     if odd:
         raise UserError(
-            f"{file} has {odd} of type {places[odd].kind}, which is not a float's; save it as one"
+            f"{file} has {odd} of type {places[odd].kind}, which is not a floating-point type; save it as one"
         )
     low_rank = {_target(name) for name in places if ".lora_A." in name}
     whole = sorted(changes.keys() - low_rank)
     vocabulary = [name for name in whole if shapes[name][0] == config.vocab_size]
     if vocabulary and config.tie_word_embeddings and not record.get("ensure_weight_tying"):
         raise UserError(
-            f"the adapter trained {vocabulary[0]} apart from the output head, which in this base is the same "
-            "tensor; train without the embeddings, or with PEFT's ensure_weight_tying"
+            f"the adapter trained {vocabulary[0]} apart from the output head, but both are one tensor in "
+            "this base; train without the embeddings, or with PEFT's ensure_weight_tying"
         )
     for name, place in progress(places.items(), len(places), "adopt"):
         norm = math.hypot(
@@ -63,8 +64,8 @@ def check_adapter(source: Path, base: Path, config) -> dict:
         )
         if not math.isfinite(norm) or norm == 0:
             raise UserError(
-                f"{file} has {name} of norm {norm:g}, so nothing was learnt there, or too much; train longer "
-                "or with another learning rate"
+                f"{file} has {name} of norm {norm:g}, so it learned nothing or diverged; train longer or "
+                "with another learning rate"
             )
     return {
         "parameters": sum(math.prod(place.shape) for place in places.values()),
@@ -80,33 +81,34 @@ def _check_kind(record: dict, source: Path) -> None:
     file = source / "adapter_config.json"
     if record.get("peft_type") != "LORA":
         raise UserError(
-            f"{file} is of an adapter of type {record.get('peft_type')}; Longyarn merges LoRA, so train one"
+            f"{file} describes an adapter of type {record.get('peft_type')}; Longyarn merges LoRA "
+            "only, so train one"
         )
     for key in UNKNOWN:
         if record.get(key):
-            raise UserError(f"the adapter uses {key}, which Longyarn's merge does not know")
+            raise UserError(f"the adapter uses {key}, which Longyarn cannot merge")
     start = record.get("init_lora_weights", True)
     if start not in STARTS:
         raise UserError(
             f"the adapter started from init_lora_weights {start!r}, which changed the base's weights, so it "
-            "does not fit the base; train from PEFT's default"
+            "does not fit the base; train with PEFT's default"
         )
     for key in ("r", "lora_alpha"):
         if not isinstance(record.get(key), int | float) or record[key] <= 0:
             raise UserError(
-                f"{file} has {key} {record.get(key)!r}, where a positive number is needed"
+                f"{file} has {key} {record.get(key)!r}, but it must be a positive number"
             )
 
 
 def _check_pairs(places: dict[str, tensorfile.Place], rank: int, file: Path) -> None:
-    """Stop unless each low-rank tensor is an A of this rank with its B, or the other way round."""
+    """Stop unless each low-rank tensor is an A or a B of this rank, and the other one is there too."""
     for name, place in places.items():
         if "lora_" not in name:
             continue
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise UserError(
-                f"{file} has {name}, which is no low-rank change of a linear layer and unknown to Longyarn's "
-                "merge; train linear layers alone"
+                f"{file} has {name}, which is not a low-rank update of a linear layer, so Longyarn cannot "
+                "merge it; apply LoRA to linear layers only"
             )
         a = ".lora_A." in name
         other = name.replace(".lora_A.", ".lora_B.") if a else name.replace(".lora_B.", ".lora_A.")
@@ -116,7 +118,7 @@ def _check_pairs(places: dict[str, tensorfile.Place], rank: int, file: Path) -> 
             )
         if len(place.shape) != 2 or place.shape[0 if a else 1] != rank:
             raise UserError(
-                f"{file} has {name} of shape {place.shape}, which is not of the rank {rank} in "
+                f"{file} has {name} of shape {place.shape}, which does not have the rank {rank} of "
                 "adapter_config.json; it was saved wrongly, so save it again"
             )
 
@@ -126,12 +128,12 @@ def _target(name: str) -> str:
 
 
 def _leaves(names) -> list[str]:
-    """Return the last part of the modules' names: q_proj for model.layers.0.self_attn.q_proj.weight."""
+    """Return the last part of the modules' names, such as q_proj for layers.0.self_attn.q_proj.weight."""
     return sorted({name.split(".")[-2] for name in names})
 
 
 def check_whole(source: Path, base: Path, config) -> int:
-    """Check a whole model tensor by tensor against the base; return how many parameters it has.
+    """Check a whole model against the base, tensor by tensor; return its number of parameters.
 
     ``config`` is the base's transformers configuration.
     """
@@ -147,30 +149,30 @@ def check_whole(source: Path, base: Path, config) -> int:
         where = "lacks" if name in expected else "has"
         raise UserError(
             f"the model in {source} {where} {name}, which the base {'has' if name in expected else 'lacks'}; "
-            "it is another model, or was saved wrongly"
+            "it is another model, or it was saved wrongly"
         )
     for name, (file, place) in own.items():
         if place.shape != expected[name][1].shape:
             raise UserError(
-                f"{file} has {name} of shape {place.shape} where the base has {expected[name][1].shape}; it "
+                f"{file} has {name} of shape {place.shape}, but the base has {expected[name][1].shape}; it "
                 "is another model, or tokens were added"
             )
         if (place.kind in tensorfile.TORCH) != (expected[name][1].kind in tensorfile.TORCH):
             raise UserError(
-                f"{file} has {name} of type {place.kind} where the base has {expected[name][1].kind}; save "
-                "it unquantised"
+                f"{file} has {name} of type {place.kind}, but the base has {expected[name][1].kind}; save "
+                "it without quantization"
             )
     changed = False
     for name, (file, place) in progress(own.items(), len(own), "adopt"):
         if place.kind in tensorfile.TORCH:
             changed |= _compare(name, file, place, *expected[name], looked=changed)
     if not changed:
-        raise UserError(f"the model in {source} is the base itself; mend training.source")
+        raise UserError(f"the model in {source} is the base itself; correct training.source")
     return sum(math.prod(place.shape) for _, place in own.values())
 
 
 def is_computed(name: str, config) -> bool:
-    """Tell whether a model has a tensor whether or not it is saved: it follows from others, or the RoPE."""
+    """Tell whether a saved tensor is redundant, because it follows from another one or from the RoPE."""
     tied = config.tie_word_embeddings and name in HEADS
     return bool(tied) or name.endswith(".rotary_emb.inv_freq")
 
@@ -183,7 +185,7 @@ def _compare(
     base: tensorfile.Place,
     looked: bool,
 ) -> bool:
-    """Stop at a number that is not finite; tell whether a tensor differs, unless one was ``looked`` at."""
+    """Stop at a number that is not finite; tell whether the tensor, or one ``looked`` at before, differs."""
     changed = looked
     pairs = zip(
         tensorfile.row_blocks(file, place), tensorfile.row_blocks(base_file, base), strict=True

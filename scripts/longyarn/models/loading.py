@@ -1,8 +1,8 @@
-"""Loading models: always from safetensors, always with the RoPE that the manifest says.
+"""Loads models from safetensors, with the RoPE that the manifest states.
 
-RoPE can reach a model in two ways that give identical frequencies. Written: the stage patch_rope
-wrote a ``config.json``, which is loaded. At load: nothing was written, and the settings are put into
-the configuration before the model is built (after that, they would have no effect).
+RoPE reaches a model in one of two ways, which give identical frequencies. Written: the stage patch_rope
+wrote a ``config.json``, which is loaded. At load: no file was written, and the settings are applied to the
+configuration before the model is built. After that they would have no effect.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from longyarn.rope.record import RopeRecord
 
 
 def read_base_config(model_directory: Path, trust_remote_code: bool):
-    """Return the base model's configuration; legacy ``rope_scaling`` arrives in today's form."""
+    """Return the base model's configuration; transformers converts legacy ``rope_scaling``."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -22,8 +22,8 @@ def read_base_config(model_directory: Path, trust_remote_code: bool):
         config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise UserError(
-            f"{model_directory}/config.json is not one that transformers reads ({first_line(error)}); "
-            "fix it or choose another model"
+            f"{model_directory}/config.json cannot be read by transformers ({first_line(error)}); fix it "
+            "or choose another model"
         ) from None
     if not getattr(config, "rope_parameters", None):
         raise UserError(
@@ -36,7 +36,7 @@ def read_base_config(model_directory: Path, trust_remote_code: bool):
 def load_config(model_directory: Path, rope_path: Path, trust_remote_code: bool = False):
     """Return the transformers configuration of a model with the RoPE of the manifest ``rope_path``.
 
-    A merged model carries its RoPE in its own ``config.json``; that must then agree.
+    A merged model has its RoPE in its own ``config.json``, which must then agree.
     """
     from transformers import AutoConfig
 
@@ -46,7 +46,7 @@ def load_config(model_directory: Path, rope_path: Path, trust_remote_code: bool 
     source = Path(rope_path).parent / written[0] if written else Path(model_directory)
     config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
     if written:
-        # By the class of the model's own, whose code may lie beside its weights.
+        # The model's own class; its code may be beside its weights.
         config = type(config).from_dict(read_json(source))
     else:
         rope.apply(config)
@@ -65,7 +65,7 @@ def load_model(
 ):
     """Return the causal language model of a directory with the RoPE of a manifest, checked.
 
-    ``own_config``: the directory is a finished model, which must carry that RoPE by itself.
+    ``own_config``: the directory is a finished model, whose own config.json must have that RoPE.
     ``dtype`` is ``fp32``, ``bf16`` or ``fp16``; ``attention`` is transformers' attn_implementation.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -90,11 +90,11 @@ def load_model(
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError(
-            f"the tensors in {model_directory} do not have the shapes that its config.json says; "
+            f"the tensors in {model_directory} do not have the shapes of its config.json; "
             "model.source mixes files of two models, so restore them"
         ) from None
     if loading["missing_keys"]:
-        # transformers would go on with random numbers in their place.
+        # transformers would continue with random numbers in their place.
         raise UserError(
             f"{model_directory} lacks the tensor {min(loading['missing_keys'])}; restore the files of "
             "model.source"
@@ -104,7 +104,7 @@ def load_model(
 
 
 def load_tokenizer(model_directory: Path, trust_remote_code: bool):
-    """Return the model's tokenizer, all of whose tokens the model has embeddings for."""
+    """Return the model's tokenizer; stop if the model lacks an embedding for one of its tokens."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -113,7 +113,7 @@ def load_tokenizer(model_directory: Path, trust_remote_code: bool):
         tokenizer = AutoTokenizer.from_pretrained(
             model_directory, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # the tokenizers library raises nothing more special
+    except Exception as error:  # the tokenizers library raises no more specific type
         raise UserError(
             f"the tokenizer in {model_directory} cannot be loaded ({first_line(error)}); restore its "
             "files in model.source"
@@ -123,17 +123,17 @@ def load_tokenizer(model_directory: Path, trust_remote_code: bool):
 
 
 def check_vocabulary(tokenizer, model_directory: Path) -> None:
-    """Stop when the tokenizer has a token beyond the model's embeddings.
+    """Stop if the tokenizer has a token beyond the model's embeddings.
 
-    A tokenizer with fewer tokens is common: embeddings are padded to a round number.
+    A tokenizer with fewer tokens is common, because embeddings are padded to a round number.
     """
     size = read_json(Path(model_directory) / "config.json").get("vocab_size")
     largest, token = max((number, token) for token, number in tokenizer.get_vocab().items())
     if size is not None and largest >= size:
         raise UserError(
-            f"the tokenizer in {model_directory} has the token {token!r} with the number {largest}, where "
-            f"the model's vocabulary ends at {size - 1} (vocab_size {size} in config.json); they are of two "
-            "models, or tokens were added later, so restore the tokenizer's files in model.source"
+            f"the tokenizer in {model_directory} has the token {token!r} with the number {largest}, but "
+            f"the model's vocabulary ends at {size - 1} (vocab_size {size} in config.json); they come from "
+            "two models, or tokens were added later, so restore the tokenizer's files in model.source"
         )
 
 

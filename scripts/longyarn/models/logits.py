@@ -1,8 +1,8 @@
-"""A model's logits from its hidden states, with what some families do after the output head."""
+"""Computes a model's logits from its hidden states, with the extra step of some model families."""
 
 from longyarn.core.errors import UserError
 
-# By the setting of Granite, Cohere and Gemma: the value that changes nothing, and what another one does.
+# Settings of Granite, Cohere and Gemma: the value that has no effect, and the effect of another one.
 AFTER_THE_HEAD = {
     "logits_scaling": (1, lambda logits, value: logits / value),
     "logit_scale": (1, lambda logits, value: logits * value),
@@ -11,13 +11,13 @@ AFTER_THE_HEAD = {
 
 
 def after_the_head(config) -> dict[str, float]:
-    """Return the settings by which a model changes its logits after the output head, with their values."""
+    """Return the settings, with values, by which a model changes its logits after the output head."""
     values = {key: getattr(config, key, None) for key in AFTER_THE_HEAD}
     return {k: v for k, v in values.items() if v not in (None, AFTER_THE_HEAD[k][0])}
 
 
 def logits(model, states):
-    """Return the logits of hidden states (…, hidden_size) as the model makes them, in float32."""
+    """Return the model's logits (…, vocab_size) of hidden states (…, hidden_size), in float32."""
     found = model.get_output_embeddings()(states).float()
     for key, value in after_the_head(model.config.get_text_config()).items():
         found = AFTER_THE_HEAD[key][1](found, value)
@@ -25,7 +25,7 @@ def logits(model, states):
 
 
 def check_logits(model) -> None:
-    """Stop where ``logits`` of the decoder's states are not the model's own: it does more to them."""
+    """Stop if the model changes its logits in a way that ``logits`` does not know."""
     import torch
 
     tokens = torch.arange(1, 17, device=model.device)[None]

@@ -1,4 +1,4 @@
-"""What is trained: which matrices get a LoRA adapter, and what is trained whole beside them."""
+"""What is trained: which matrices get a LoRA adapter, and which modules are trained whole."""
 
 import shutil
 from pathlib import Path
@@ -8,9 +8,10 @@ from longyarn.core.files import read_json, write_json
 
 
 def chosen(model, settings: dict) -> tuple[list[str], list[str], bool]:
-    """Return what of a model gets an adapter, by whole names, and what is trained whole, by last parts.
+    """Return ``(targets, whole, tied)`` for config section ``training.lora``.
 
-    As config section ``training.lora`` describes it. And whether the output head is the input embedding.
+    ``targets``: full names of the modules that get an adapter. ``whole``: last parts of the names of the
+    modules that are trained whole. ``tied``: the output head is the input embedding.
     """
     import torch
 
@@ -20,7 +21,9 @@ def chosen(model, settings: dict) -> tuple[list[str], list[str], bool]:
     if settings["targets"] == "attention":
         targets = [name for name in targets if "attn" in name or "attention" in name]
     if not targets:
-        raise UserError("training.lora.targets finds no linear layer in this model")
+        raise UserError(
+            "training.lora.targets matches no linear layer of this model; choose another value"
+        )
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     whole = []
     if settings["train_embeddings"]:
@@ -39,7 +42,7 @@ def chosen(model, settings: dict) -> tuple[list[str], list[str], bool]:
 
 
 def attach(model, settings: dict):
-    """Return ``model`` with a fresh adapter as config section ``training.lora`` describes it."""
+    """Return ``model`` with a new adapter for config section ``training.lora``."""
     from peft import LoraConfig, get_peft_model
 
     targets, whole, tied = chosen(model, settings)
@@ -64,16 +67,16 @@ def leaf(model, module) -> str:
 
 
 def copy_trained(source: Path, directory: Path, mode: str, base: dict) -> None:
-    """Copy what was trained, adapter or all weights, from where the Trainer saved it.
+    """Copy what was trained, adapter or all weights, from the directory where the Trainer saved it.
 
-    ``base`` are the facts of the model that it was trained from. Only safetensors and JSON: the
-    Trainer's pickled arguments stay behind.
+    ``base`` holds the facts of the base model. Only safetensors and JSON are copied, not the Trainer's
+    pickled arguments.
     """
     for file in [*source.glob("*.safetensors"), *source.glob("*.index.json")]:
         shutil.copyfile(file, directory / file.name)
     if mode == "lora":
         record = read_json(source / "adapter_config.json")
-        # PEFT notes the path it loaded from; the source is what means something elsewhere.
+        # PEFT records the path it loaded from; on another machine only the source has a meaning.
         record["base_model_name_or_path"] = base["source"]
         record["revision"] = base["revision"]
         for key in ("target_modules", "modules_to_save"):
@@ -84,7 +87,7 @@ def copy_trained(source: Path, directory: Path, mode: str, base: dict) -> None:
 def trained_shapes(model) -> dict[str, tuple[int, ...]]:
     """Return name (as in an adapter file) and shape of each tensor that training changes.
 
-    Under ZeRO-3 a process holds a share of each tensor; ``ds_shape`` is the whole.
+    Under ZeRO-3 a process holds a part of each tensor; ``ds_shape`` is the shape of the whole.
     """
     shapes = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -95,10 +98,10 @@ def trained_shapes(model) -> dict[str, tuple[int, ...]]:
 
 
 def check_saved(directory: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Stop unless the saved adapter has the expected tensors and something was learnt.
+    """Stop unless the saved adapter has the expected tensors and each of them learned something.
 
-    ``expected`` maps names to shapes. Adapters of a few bytes, with empty tensors or with B still
-    zero, have been written by training engines without an error.
+    ``expected`` maps names to shapes. Training engines have written adapters of a few bytes, with empty
+    tensors, or with B still zero, without an error.
     """
     import numpy as np
     from safetensors.torch import load_file
@@ -112,6 +115,6 @@ def check_saved(directory: Path, expected: dict[str, tuple[int, ...]]) -> None:
         norm = float(tensor.float().norm())
         if not np.isfinite(norm) or norm == 0:
             raise UserError(
-                f"after training, adapter tensor {name} has norm {norm}; nothing was learnt there, so "
+                f"after training, adapter tensor {name} has norm {norm}; it learned nothing, so "
                 "raise training.learning_rate or steps"
             )

@@ -1,4 +1,4 @@
-"""What training changed, as changes of the base's tensors, read when their turn comes.
+"""Reads what training changed as changes of the base's tensors; each is loaded when it is needed.
 
 The names and the scale follow PEFT: ``<name>.lora_A.weight`` is A (r, in), ``lora_B`` is B (out, r), and
 the delta is B·A·alpha/r (LoRA, arXiv 2106.09685), or B·A·alpha/√r with rsLoRA (arXiv 2312.03732). A tensor
@@ -15,28 +15,28 @@ from longyarn.core.files import read_json
 
 PREFIX = "base_model.model."
 
-# From rows of a tensor and the number of the first, to what they become and by how much, in float32.
+# change(rows of a tensor, number of the first row) returns (new rows, difference), in float32.
 Change = Callable
-# Called when the tensor's turn comes; until then nothing of the adapter is in memory.
+# Returns the change; until it is called, nothing of the adapter is in memory.
 Lazy = Callable[[], Change]
 
 
 def read(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Lazy]:
     """Return the changes of an adapter by the name of the base's tensor.
 
-    ``shapes``: those of the base's tensors by name. Raises ``UserError`` for an adapter that was trained
-    on another model, and for kinds of it that are not known here.
+    ``shapes`` are those of the base's tensors, by name. Raises ``UserError`` for an adapter that was
+    trained on another model, and for a kind of adapter that cannot be merged.
     """
     record = read_json(directory / "adapter_config.json")
     for key in ("lora_bias", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
         if record.get(key):
-            raise UserError(f"the adapter uses {key}, which Longyarn's merge does not know")
+            raise UserError(f"the adapter uses {key}, which Longyarn cannot merge")
     rank = record["r"]
     scale = record["lora_alpha"] / (rank**0.5 if record.get("use_rslora") else rank)
     file = directory / "adapter_model.safetensors"
     places = tensorfile.header(file)
     if record.get("ensure_weight_tying"):
-        # PEFT saves a tied embedding under the head's name too; the base has it once.
+        # PEFT saves a tied embedding under the head's name as well; the base has it once.
         places = {k: v for k, v in places.items() if not is_second_name(k, file, places, shapes)}
     changes, sizes = {}, {}
     for name, place in places.items():
@@ -58,20 +58,14 @@ def read(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Lazy]
             )
         if size != shapes[name]:
             raise UserError(
-                f"the adapter's {name} has shape {size} where the base model has {shapes[name]}; it was "
+                f"the adapter's {name} has shape {size}, but the base model has {shapes[name]}; it was "
                 "trained on another model"
             )
     return changes
 
 
-def replacements(
-    trained: dict[str, tuple[Path, tensorfile.Place]],
-    base: dict[str, tuple[Path, tensorfile.Place]],
-) -> dict[str, Lazy]:
-    """Return the changes of a model whose every weight was trained, where the base has the tensor too.
-
-    Both by name: the file and the place in it.
-    """
+def replacements(trained: tensorfile.Tensors, base: tensorfile.Tensors) -> dict[str, Lazy]:
+    """Return the changes of a model whose weights were all trained, for tensors that the base has too."""
     return {
         name: functools.partial(load_replacement, file, place)
         for name, (file, place) in trained.items()
@@ -84,7 +78,7 @@ def replacements(
 def is_second_name(
     name: str, file: Path, places: dict[str, tensorfile.Place], shapes: dict[str, tuple[int, ...]]
 ) -> bool:
-    """Tell whether a tensor that the base lacks is one that it has, under another name."""
+    """Tell whether a tensor that the base lacks is a copy of another one in the file."""
     if "lora_" in name or name.removeprefix(PREFIX) in shapes:
         return False
     tensor = tensorfile.torch_rows(file, places[name])

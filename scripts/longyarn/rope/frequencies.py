@@ -1,7 +1,7 @@
-"""Inverse frequencies and the attention factor of ``rope_parameters``.
+"""Computes the inverse frequencies and the attention factor of ``rope_parameters``.
 
-Shapes: a head has ``rotary_dim`` rotated dimensions, taken as ``rotary_dim // 2`` pairs. Pair i turns
-by ``inverse_frequencies[i]`` radians a token.
+A head has ``rotary_dim`` rotated dimensions, in ``rotary_dim // 2`` pairs. Pair i turns by
+``inverse_frequencies[i]`` radians a token.
 """
 
 import math
@@ -12,12 +12,14 @@ from longyarn.rope.parameters import check_parameters
 
 
 def ramp_limits(parameters: dict, rotary_dim: int) -> tuple[float, float]:
-    """Return the pair indices between which YaRN ramps from unscaled to divided by s.
+    """Return the indices of the pairs where YaRN's ramp begins and ends.
+
+    Below the ramp a frequency is not scaled; above it, it is divided by s.
 
     The index of the pair that turns β times within the original length L is
     d·ln(L / 2πβ) / (2·ln θ); β_fast gives the lower limit, rounded down, β_slow the upper, rounded
-    up, as in the code that came with the paper and in transformers. (The paper's equations ramp over
-    r = L/λ itself, unrounded; docs/rope.md shows the difference.)
+    up, as in the paper's reference code and in transformers. (The paper's equations ramp over r = L/λ
+    itself, without rounding; docs/rope.md shows the difference.)
     """
     length = parameters["original_max_position_embeddings"]
 
@@ -34,10 +36,10 @@ def ramp_limits(parameters: dict, rotary_dim: int) -> tuple[float, float]:
 def inverse_frequencies(parameters: dict, rotary_dim: int) -> tuple[np.ndarray, float]:
     """Return ``(inverse_frequencies, attention_factor)``: float64 (rotary_dim // 2,), radians a token.
 
-    default: θ^(−2i/d). linear: that divided by s. llama3: divided by s where a pair turns less often than
-    low_freq_factor within the original length, left where more often than high_freq_factor, mixed by the
-    number of turns between. yarn: divided by s above the ramp, left below it,
-    mixed on it; attention_factor 0.1·ln s + 1 multiplies cos and sin (arXiv 2309.00071, section 3.4).
+    default: θ^(−2i/d). linear: divided by s. llama3: divided by s if a pair turns less often than
+    low_freq_factor within the original length, unchanged if it turns more often than high_freq_factor,
+    interpolated by the number of turns in between. yarn: divided by s above the ramp, unchanged below it,
+    interpolated on it; attention_factor 0.1·ln s + 1 multiplies cos and sin (arXiv 2309.00071, section 3.4).
     """
     check_parameters(parameters)
     pairs = np.arange(rotary_dim // 2, dtype=np.float64)
@@ -61,7 +63,7 @@ def inverse_frequencies(parameters: dict, rotary_dim: int) -> tuple[np.ndarray, 
 
 
 def attention_factor(parameters: dict) -> float:
-    """Return the factor on cos and sin; logits scale by its square."""
+    """Return the factor that multiplies cos and sin; attention logits scale by its square."""
     stated = parameters.get("attention_factor")
     if stated is not None:
         return float(stated)

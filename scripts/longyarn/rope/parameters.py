@@ -1,4 +1,4 @@
-"""Which ``rope_parameters`` Longyarn knows, and the check that refuses all others."""
+"""Defines which ``rope_parameters`` Longyarn supports, and refuses all others."""
 
 from longyarn.core.errors import UserError
 
@@ -23,19 +23,20 @@ NEEDED = {
     },
 }  # fmt: skip
 
-# Perplexity reads all lengths from one pass over the longest, which supposes one set of frequencies.
-OF_THE_INPUT = ("dynamic", "longrope")
+# Frequencies that depend on the input. Perplexity derives all lengths from one pass over the longest one,
+# which needs the same frequencies at every length.
+INPUT_DEPENDENT = ("dynamic", "longrope")
 
 
 def check_parameters(parameters: dict) -> None:
-    """Refuse rope_parameters that we could misread: nested, of an unknown type, or misspelt."""
+    """Refuse rope_parameters that could be misread: nested, of an unknown type, or with unknown keys."""
     kind = parameters.get("rope_type")
     if kind is None and any(isinstance(value, dict) for value in parameters.values()):
         raise UserError(
             "the model gives each kind of layer its own RoPE (local and global attention); "
             "Longyarn extends models with one RoPE for all layers"
         )
-    if kind in OF_THE_INPUT:
+    if kind in INPUT_DEPENDENT:
         raise UserError(
             f"the model's RoPE is of type {kind!r}, whose frequencies change with the length of the input, "
             "so no one length can be measured by another; choose a model from before that scaling"
