@@ -58,38 +58,29 @@ include: "rules/export_axolotl.smk"
 include: "rules/plan.smk"
 
 
-# These run where Snakemake runs. They need the network, which compute nodes often lack, or only seconds.
-localrules:
-    all,
-    prefetch,
-    preflight,
-    plan,
-    download_model,
-    download_variant,
-    download_corpus,
-    checkpoint,
-    gate,
-    push,
-
-
+# A local rule runs where Snakemake runs, under SLURM on the login node: it needs the network, which compute
+# nodes often lack, or takes only seconds.
 rule all:
-    """The report, the model, the result of the gate, and the seal on all files."""
     default_target: True
     input:
         layout.products(),
         f"{RUN}/SHA256SUMS",
+    """The report, the model, the result of the gate, and the seal on all files."""
+    localrule: True
 
 
 rule prefetch:
-    """Everything that needs the network, images included; later stages need none (docs/cluster.md)."""
     input:
         layout.downloads(),
+    """Everything that needs the network, images included; later stages need none (docs/cluster.md)."""
+    localrule: True
 
 
 rule preflight:
-    """Run every check, print one line for each, and start no job (docs/cluster.md)."""
     input:
         rules.all.input,
+    """Run every check, print one line for each, and start no job (docs/cluster.md)."""
+    localrule: True
 
 
 onstart:

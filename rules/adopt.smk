@@ -6,11 +6,6 @@ or another tokenizer, because such faults raise no error later (docs/interoperat
 """
 
 
-# It may download from the hub, so it runs where Snakemake runs.
-localrules:
-    adopt,
-
-
 rule adopt:
     input:
         unpack(start_of_phase),
@@ -23,6 +18,7 @@ rule adopt:
     benchmark:
         f"{RUN}/benchmarks/adopt.tsv"
     retries: 0  # a second try would be refused too
+    localrule: True  # it may download from the hub
     resources:
         mem_mb=request("adopt", "mem_mb"),
         runtime=request("adopt", "runtime"),

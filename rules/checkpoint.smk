@@ -16,6 +16,7 @@ rule checkpoint:
         f"{RUN}/logs/step-{{step}}/checkpoint.log",
     benchmark:
         f"{RUN}/benchmarks/step-{{step}}/checkpoint.tsv"
+    localrule: True
     resources:
         mem_mb=request("checkpoint", "mem_mb"),
         runtime=request("checkpoint", "runtime"),

@@ -15,6 +15,7 @@ rule download_corpus:
         f"{RUN}/logs/download_corpus.log",
     benchmark:
         f"{RUN}/benchmarks/download_corpus.tsv"
+    localrule: True
     resources:
         mem_mb=request("download_corpus", "mem_mb"),
         runtime=request("download_corpus", "runtime"),

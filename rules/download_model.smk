@@ -16,6 +16,7 @@ rule download_model:
         f"{RUN}/logs/download_model.log",
     benchmark:
         f"{RUN}/benchmarks/download_model.tsv"
+    localrule: True
     resources:
         mem_mb=request("download_model", "mem_mb"),
         runtime=request("download_model", "runtime"),

@@ -17,6 +17,7 @@ rule gate:
     benchmark:
         f"{RUN}/benchmarks/gate.tsv"
     retries: 0  # a second try would find the same
+    localrule: True
     resources:
         mem_mb=request("gate", "mem_mb"),
         runtime=request("gate", "runtime"),

@@ -7,6 +7,7 @@ No other rule asks for it. It needs Snakemake, which the image does not have.
 rule plan:
     log:
         f"{RUN}/logs/plan.log",
+    localrule: True
     container:
         None if IN_APPTAINER else IMAGE
     params:

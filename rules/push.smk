@@ -15,6 +15,7 @@ rule push:
     benchmark:
         f"{RUN}/benchmarks/push.tsv"
     retries: 0  # a second try would be refused too
+    localrule: True
     resources:
         mem_mb=request("push", "mem_mb"),
         runtime=request("push", "runtime"),

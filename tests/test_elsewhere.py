@@ -33,7 +33,7 @@ rule first:
     output:
         "first.txt",
     shell:
-        "grep -o tokens_packed {input.pack} > {output}"
+        "grep -m 1 -o tokens_packed {input.pack} > {output}"
 """
 
 
