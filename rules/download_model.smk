@@ -43,3 +43,4 @@ use rule download_model as download_variant with:
         f"{RUN}/logs/download_model.{{variant}}.log",
     benchmark:
         f"{RUN}/benchmarks/download_model.{{variant}}.tsv"
+    localrule: True
