@@ -58,7 +58,7 @@ def check_adapter(source: Path, base: Path, config) -> dict:
             f"the adapter trained {vocabulary[0]} apart from the output head, but both are one tensor in "
             "this base; train without the embeddings, or with PEFT's ensure_weight_tying"
         )
-    for name, place in progress(places.items(), len(places), "adopt"):
+    for name, place in progress(places.items(), len(places), "check weights"):
         norm = math.hypot(
             *(float(rows.float().norm()) for _, rows in tensorfile.row_blocks(file, place))
         )
@@ -163,7 +163,7 @@ def check_whole(source: Path, base: Path, config) -> int:
                 "it without quantization"
             )
     changed = False
-    for name, (file, place) in progress(own.items(), len(own), "adopt"):
+    for name, (file, place) in progress(own.items(), len(own), "check weights"):
         if place.kind in tensorfile.TORCH:
             changed |= _compare(name, file, place, *expected[name], looked=changed)
     if not changed:
