@@ -83,10 +83,10 @@ def document(profile: Path) -> str:
     """Return docs/requests.md: the requests of the default and of each preset."""
     text = [
         "# Requests to SLURM\n",
-        "What each rule is submitted with at the first attempt, by `profiles/slurm` as it comes; a retry",
-        "asks for 1.5 times the memory and time. `python scripts/plan.py --document > docs/requests.md`",
-        "writes this file, and a test compares it. RUN, LOG and DIRECTORY differ from start to start; after",
-        "them comes the command in `--wrap`. No preset has been run on a GPU by us.",
+        "The sbatch command of each rule at the first attempt, with `profiles/slurm` unchanged. A retry asks",
+        "for 1.5 times the memory and time. `python scripts/plan.py --document > docs/requests.md` writes",
+        "this file, and a test compares it. RUN, LOG and DIRECTORY stand for what differs between starts.",
+        "The command in `--wrap` follows them. We have run no preset on a GPU.",
     ]
     for file in [None, *sorted((ROOT / "presets").glob("*.yaml"))]:
         title = f"presets/{file.name}" if file else "The default"
