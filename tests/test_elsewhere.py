@@ -90,6 +90,7 @@ def test_it_is_a_module_of_another_workflow(elsewhere, finished):
     planned = elsewhere.run(["snakemake", "-n", "--cores", "2"]).stdout
     for rule in ("download_model", "train", "report", "provenance"):
         assert f"rule longyarn_{rule}:" in planned
+    assert "localrules" not in planned  # Snakemake warns of rules that the module's names hide
     elsewhere.run(["snakemake", "--cores", "2", "--printshellcmds", "first"])
     made, same = (place.directory / RUN / "pack.json" for place in (elsewhere, finished))
     assert made.read_bytes() == same.read_bytes()
