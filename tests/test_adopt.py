@@ -43,9 +43,9 @@ def test_an_adapter_of_another_place_gives_the_same_model_and_report(finished_co
     assert report["training"]["source"] == "elsewhere"
     assert report["training"]["steps"] is report["training"]["epochs"] is None
     assert report["training"]["adapter"]["rank"] == 4
-    # Its seal holds, and its figures are computed anew as those of a trained run.
+    # Its seal holds, and its figures are computed again as those of a trained run.
     done = finished_copy.run([sys.executable, "scripts/verify.py", "results/tests"])
-    assert "is whole" in done.stdout and "not computed anew" not in done.stdout
+    assert "is whole" in done.stdout and "not computed again" not in done.stdout
     assert sum("trained elsewhere" in warning for warning in report["warnings"]) == 1
     assert sum("No config.json came" in warning for warning in report["warnings"]) == 1
     assert report["chain"]["broken"] == 0 and "train" not in report["timings"]
