@@ -182,6 +182,8 @@ def test_results_whose_payload_is_not_complete(tmp_path):
     entry = {"files": {"pack/a": {"size": 5, "sha256": "0"}}}
     write_json(tmp_path / "pack.json", entry)
     write_json(tmp_path / "report.json", {})  # without payload
+    (tmp_path / "workflow" / "training").mkdir(parents=True)  # the sealed copy of the workflow
+    write_json(tmp_path / "workflow" / "training.json", {})
     assert incomplete.incomplete(tmp_path) == {}
     (tmp_path / "pack" / "a").write_text("123")
     (found,) = incomplete.incomplete(tmp_path).items()

@@ -11,13 +11,15 @@ from pathlib import Path
 from longyarn.core.errors import UserError
 from longyarn.core.files import read_json
 from longyarn.core.manifest import problems
+from longyarn.core.run_directory import WORKFLOW
 
 
 def incomplete(run: Path) -> dict[Path, str]:
     """Return the manifests of a run whose payload is not complete, each with a sentence that says why."""
     found = {}
+    copy = Path(run) / WORKFLOW  # of the workflow itself, which holds no results
     for path in sorted(Path(run).rglob("*.json")):
-        if not path.with_suffix("").is_dir():
+        if path.is_relative_to(copy) or not path.with_suffix("").is_dir():
             continue
         try:
             broken = problems(path, read_json(path))
