@@ -21,6 +21,11 @@ from test_structure import ORDER
 from longyarn.config.load import complete
 
 READMES = ("README.md", "README.zh.md")
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "[a-z]*/*.md", "profiles/*/*.md")
+    for path in ROOT.glob(pattern)
+)
 MODEL, BOOKS = "/models/llama-2-7b", "/data/books"  # what mine.yaml names
 
 
@@ -180,7 +185,7 @@ def test_the_readme_has_at_most_200_lines():
     assert len(text("README.md").splitlines()) <= 200
 
 
-@pytest.mark.parametrize("name", ["docs/your-model.md", *READMES])
+@pytest.mark.parametrize("name", ["config/README.md", "docs/your-model.md", *READMES])
 def test_its_yaml_is_valid_by_the_schema(name):
     for block in blocks(name, "yaml"):
         config = {"run": "mine", "model": {"source": MODEL}, "rope": {"target_length": 32768}}
@@ -225,9 +230,7 @@ def test_the_table_of_dependencies_has_each_of_them():
         assert sorted(part.strip() for part in re.split("[,、]", cells)) == sorted(wanted)
 
 
-@pytest.mark.parametrize(
-    "name", [*READMES, "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
-)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_its_links_lead_somewhere(name):
     for link in re.findall(r"\]\(([^)]+)\)", text(name)):
         if not link.startswith("http"):
