@@ -58,29 +58,25 @@ include: "rules/export_axolotl.smk"
 include: "rules/plan.smk"
 
 
-# A local rule runs where Snakemake runs, under SLURM on the login node: it needs the network, which compute
-# nodes often lack, or takes only seconds.
+# These rules run no program, so Snakemake never submits them as jobs.
 rule all:
+    """The report, the model, the result of the gate, and the seal on all files."""
     default_target: True
     input:
         layout.products(),
         f"{RUN}/SHA256SUMS",
-    """The report, the model, the result of the gate, and the seal on all files."""
-    localrule: True
 
 
 rule prefetch:
+    """Everything that needs the network, images included; later stages need none (docs/cluster.md)."""
     input:
         layout.downloads(),
-    """Everything that needs the network, images included; later stages need none (docs/cluster.md)."""
-    localrule: True
 
 
 rule preflight:
+    """Run every check, print one line for each, and start no job (docs/cluster.md)."""
     input:
         rules.all.input,
-    """Run every check, print one line for each, and start no job (docs/cluster.md)."""
-    localrule: True
 
 
 onstart:
