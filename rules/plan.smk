@@ -11,6 +11,7 @@ rule plan:
     container:
         None if IN_APPTAINER else IMAGE
     params:
+        script=program("plan"),
         settings=as_json(config),
     shell:
         "python {params.script:q} --settings {params.settings} 2>&1 | tee {log}"

@@ -8,6 +8,7 @@ from longyarn.config import derived
 from longyarn.config.checks import check
 from longyarn.config.corpus_checks import collections
 from longyarn.config.phases import configurations, within
+from longyarn.config.thresholds import THRESHOLDS
 from longyarn.config.training_checks import BESIDE_THE_ADAPTER, OF_THE_RUN, check_training
 from longyarn.config.validation import validate, with_defaults
 from longyarn.core.errors import UserError
@@ -38,8 +39,8 @@ def _with_dependent_defaults(config: dict) -> dict:
 
     It is not validated yet, so a value of the wrong type stays as it is.
     """
-    if config.get("gate", {}) is None:
-        config = config | {"gate": {}}
+    if config.get("gate", {}) is None:  # no threshold at all
+        config = config | {"gate": dict.fromkeys(THRESHOLDS)}
     training = config.get("training")
     if not isinstance(training, dict):
         return config

@@ -28,6 +28,7 @@ NEEDS = {
     ),
     "passkey_rate": Needs("trained_passkey_found", "passkey", ("trained",), ("target",)),
 }
+THRESHOLDS = (*NEEDS, "merge_error")
 KEY_OF = {needs.check: key for key, needs in NEEDS.items()}
 MEANING = {"original": "the model's original length", "target": "rope.target_length"}
 
