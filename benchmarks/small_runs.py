@@ -29,7 +29,7 @@ def configured(length: int, training: dict, document_masks: bool = True) -> dict
     config["training"] = SMALL | training | {"lora": ADAPTER_ALONE | training.get("lora", {})}
     for instrument in ("perplexity", "passkey"):
         config["evaluation"][instrument]["lengths"] = [64]
-    config["gate"] = {}
+    config["gate"] = None
     return complete(config, ROOT / "schemas" / "config.schema.yaml")
 
 

@@ -50,7 +50,7 @@ def test_an_adapter_of_another_place_gives_the_same_model_and_report(finished_co
     assert sum("No config.json came" in warning for warning in report["warnings"]) == 1
     assert report["chain"]["broken"] == 0 and "train" not in report["timings"]
     page = (made / "report.html").read_text()
-    assert "came a LoRA adapter of rank 4" in page and "Training loss" in page
+    assert "provided a LoRA adapter of rank 4" in page and "Training loss" in page
     assert not (made / "figures/loss.png").exists()
     text = (made / "export/README.md").read_text()
     assert "and trained elsewhere." in text and "came from elsewhere" in text

@@ -81,7 +81,7 @@ def test_a_factor_that_agrees(model, tmp_path):
 def test_an_original_length_that_contradicts_the_model(model, tmp_path):
     sentence = refused(model, tmp_path, original_max_position_embeddings=256)
     assert "rope.original_max_position_embeddings 256 contradicts the model's max_pos" in sentence
-    assert "or say in rope.original_reason why" in sentence
+    assert "or explain in rope.original_reason why" in sentence
 
 
 def test_an_original_length_with_a_reason(model, tmp_path):
@@ -343,7 +343,7 @@ def test_a_tensor_is_missing(evaluated):
 def test_a_tensor_has_another_shape(evaluated):
     change_tensor(evaluated, "model.norm.weight", lambda tensor: tensor[:5].copy())
     sentence = refusal(passkey, *instrument(evaluated), *PASSKEY, "--lengths", 512)
-    assert "do not have the shapes that its config.json says; model.source mixes" in sentence
+    assert "do not have the shapes of its config.json; model.source mixes" in sentence
 
 
 # Through Snakemake: what the terminal shows

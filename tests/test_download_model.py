@@ -29,7 +29,7 @@ def model(tmp_path) -> Path:
 NEEDED = sorted(
     f"base/{file.name}"
     for file in MICRO_BASE.iterdir()
-    if file.name not in ("README.md", "training.json")
+    if file.is_file() and file.name not in ("README.md", "training.json")
 )
 
 
@@ -112,7 +112,7 @@ def test_a_full_disk_is_noticed_before_anything_is_copied(model, tmp_path):
             "--manifest", disk / "base.json", "--output", disk / "base",
         )  # fmt: skip
         assert "no space left for the base model" in sentence
-        assert "free some or move the results to another disk" in sentence
+        assert "free some space, or move the results to another disk" in sentence
         assert list(disk.iterdir()) == []
 
 
@@ -223,7 +223,8 @@ def shards(tmp_path) -> Path:
     directory = tmp_path / "repository"
     LlamaForCausalLM.from_pretrained(MICRO_BASE).save_pretrained(directory, max_shard_size="1MB")
     for file in MICRO_BASE.iterdir():
-        if not (directory / file.name).exists() and file.name != "model.safetensors":
+        wanted = file.is_file() and file.name != "model.safetensors"
+        if wanted and not (directory / file.name).exists():
             shutil.copy(file, directory)
     for name in ("pytorch_model.bin", "consolidated.safetensors", "code.py"):
         (directory / name).write_bytes(b"not wanted")
@@ -335,7 +336,7 @@ def test_a_connection_that_stays_cut(hub, repository, shards, tmp_path):
         f"the hub did not deliver an/model at {repository.commit} (peer closed connection"
         in sentence
     )
-    assert "what came whole is kept, so run again" in sentence
+    assert "complete files are kept, so run again" in sentence
     hub.heal()
     hub.requests.clear()
     assert from_hub(hub, tmp_path, repository.commit).returncode == 0
@@ -457,7 +458,7 @@ NOBODY, OTHER, MINE, MADE_UP = None, "hf_other", "hf_mine", "hf_made_up"
 @pytest.mark.parametrize(
     ("source", "token", "expected"),
     [
-        ("a/gated", NOBODY, "accept its licence on its page, then log in with `hf auth login`"),
+        ("a/gated", NOBODY, "accept its terms on its page, then log in with `hf auth login`"),
         ("a/gated", OTHER, "then wait for access, or use the token of an account that has it"),
         ("a/gated", MADE_UP, "the hub does not accept your token for a/gated; create one"),
         ("a/gated", MINE, None),
