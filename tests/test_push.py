@@ -113,7 +113,7 @@ def test_each_refusal_is_one_sentence(hub, made):
     for owner, token in (("other", MINE), ("me", READER), ("me", "hf_made_up")):
         sentence = refused(hub, made, f"{owner}/owl", token)
         assert f"does not let this token write to {owner}/owl" in sentence
-    assert "is no name that the hub takes" in refused(hub, made, "me/a--owl")
+    assert "is not a name that the hub accepts" in refused(hub, made, "me/a--owl")
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     assert "the hub is out of reach" in refused(hub, made, "me/owl", MINE, **nowhere)
     assert not hub.repositories
