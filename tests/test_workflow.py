@@ -52,12 +52,12 @@ CHANGES = {
         {"rope": {"beta_fast": 16}},
         {"patch_rope": 1} | FROM_PACK | {"perplexity": 2, "passkey": 2},
     ),
-    "a variant more": (
+    "an extra variant": (
         {"evaluation": {"variants": ["base", "yarn", "trained", "ntk"]}},
         {"patch_rope": 1, "perplexity": 1, "passkey": 1} | REPORT,
     ),
     # The test configuration defines it, and does not list it.
-    "a variant of one's own more": (
+    "an extra variant of one's own": (
         {"evaluation": {"variants": ["base", "yarn", "trained", "yarn-4"]}},
         {"patch_rope": 1, "perplexity": 1, "passkey": 1} | REPORT,
     ),
