@@ -1,4 +1,4 @@
-r"""Take an externally trained model, an adapter or all weights, in place of training.
+"""Take an externally trained model, an adapter or all weights, in place of training.
 
     python scripts/adopt.py --base results/micro/base.json --rope results/micro/rope/yarn.json \
         --source trained-elsewhere --cache .cache \

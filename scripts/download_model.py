@@ -1,4 +1,4 @@
-r"""Take the base model from a local directory, or download it from the Hugging Face hub.
+"""Take the base model from a local directory, or download it from the Hugging Face hub.
 
     python scripts/download_model.py --source resources/micro-base --cache .cache \
         --manifest results/micro/base.json --output results/micro/base

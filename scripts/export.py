@@ -1,4 +1,4 @@
-r"""Write the directory to publish: the merged model with a model card, readable by older software too.
+"""Write the directory to publish: the merged model with a model card, readable by older software too.
 
     python scripts/export.py --merge results/micro/merged.json --rope results/micro/rope/yarn.json \
         --report results/micro/report.json --thresholds null \

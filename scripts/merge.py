@@ -1,4 +1,4 @@
-r"""Merge what was trained into the base model: safetensors in, safetensors out, a block at a time.
+"""Merge what was trained into the base model: safetensors in, safetensors out, a block at a time.
 
     python scripts/merge.py --base results/micro/base.json --rope results/micro/rope/yarn.json \
         --train results/micro/trained.json --threads 1 --work .work \

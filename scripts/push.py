@@ -1,4 +1,4 @@
-r"""Push the exported model to the Hugging Face hub in one commit, and compare the files there with ours.
+"""Push the exported model to the Hugging Face hub in one commit, and compare the files there with ours.
 
     python scripts/push.py --export results/micro/export.json --gate results/micro/verified.json \
         --repository owner/name --manifest results/micro/push.json

@@ -16,7 +16,7 @@ import zstandard
 from conftest import ROOT
 from stages import one_sentence
 
-from longyarn.config.load import _with_defaults
+from longyarn.config.validation import with_defaults
 from longyarn.core import manifest
 from longyarn.core.errors import UserError
 from longyarn.data import documents, hub_datasets
@@ -31,7 +31,7 @@ FILES = 8
 def entry(repository, **keys) -> dict:
     """Return an entry of corpus.datasets with its defaults."""
     at = {"collection": "pg19", "repository": repository.name, "revision": repository.commit}
-    return _with_defaults(at | keys, ENTRY)
+    return with_defaults(at | keys, ENTRY)
 
 
 def stage(hub, directory: Path, *entries: dict, out="corpus", skip_bad=False) -> list:
@@ -241,7 +241,7 @@ def test_what_the_client_raises_is_one_sentence():
 def choose(rows: list, skip_bad=False, **keys) -> tuple[list[dict], dict, Collection]:
     """Return the documents chosen from rows, the position after them, and the counts."""
     at = {"collection": "c", "repository": "an/set", "revision": "0" * 40}
-    wanted = _with_defaults(at | keys, ENTRY)
+    wanted = with_defaults(at | keys, ENTRY)
     position, collection = dict(hub_datasets.START), Collection("an/set", None, skip_bad)
     return list(hub_datasets.chosen(wanted, rows, position, collection)), position, collection
 
@@ -285,7 +285,7 @@ def test_bad_records_are_counted_and_a_wrong_entry_is_not_read_to_its_end():
 
 def test_the_cache_knows_settings_apart():
     at = {"collection": "c", "repository": "an/set", "revision": "0" * 40}
-    one = _with_defaults(at, ENTRY)
+    one = with_defaults(at, ENTRY)
     changes = ({"revision": "1" * 40}, {"characters": 9}, {"filter": {"a": 1}}, {"collection": "d"})
     keys = {hub_datasets.key(one | change, False) for change in ({}, *changes)}
     assert len(keys | {hub_datasets.key(one, True)}) == 6

@@ -17,8 +17,10 @@ from conftest import ROOT
 from stages import refusal, run, write_mix
 
 import download_corpus
-from longyarn.config.load import UserError, _with_defaults, complete
+from longyarn.config.load import complete
+from longyarn.config.validation import with_defaults
 from longyarn.core import manifest
+from longyarn.core.errors import UserError
 from longyarn.data import local_files
 from longyarn.data.documents import Collections, read_shards
 
@@ -31,7 +33,7 @@ TEXTS = {f"mine/part/{number}": record["text"] for number, record in enumerate(R
 
 def entry(pattern, **keys) -> dict:
     """Return an entry of corpus.files with its defaults."""
-    return _with_defaults({"collection": "mine", "files": str(pattern)} | keys, ENTRY)
+    return with_defaults({"collection": "mine", "files": str(pattern)} | keys, ENTRY)
 
 
 def arguments(directory: Path, *entries: dict) -> list:

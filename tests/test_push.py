@@ -109,7 +109,7 @@ def test_each_refusal_is_one_sentence(hub, made):
     hub.allow(MINE, "me")
     hub.allow(READER)
     assert "export.repository is null" in refused(hub, made, "")
-    assert "there is no token to push to me/owl with" in refused(hub, made, "me/owl", None)
+    assert "there is no token to push to me/owl;" in refused(hub, made, "me/owl", None)
     for owner, token in (("other", MINE), ("me", READER), ("me", "hf_made_up")):
         sentence = refused(hub, made, f"{owner}/owl", token)
         assert f"does not let this token write to {owner}/owl" in sentence
