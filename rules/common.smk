@@ -6,7 +6,7 @@ from pathlib import Path
 
 # A dry run writes nothing, not even Python's caches.
 DRY_RUN = workflow.output_settings.dryrun
-sys.dont_write_bytecode = DRY_RUN
+sys.dont_write_bytecode |= DRY_RUN
 sys.path.insert(0, str(Path(workflow.current_basedir).parent / "scripts"))
 
 from longyarn.cluster import container_images, hardware, job_resources, preflight
